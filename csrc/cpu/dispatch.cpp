@@ -1,0 +1,73 @@
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "info_nce.h"
+
+namespace vlmfast::cpu {
+namespace {
+
+#ifdef VLMFAST_X86
+constexpr Isa widest_built = Isa::avx512;
+#else
+constexpr Isa widest_built = Isa::scalar;
+#endif
+
+constexpr const char* names[] = {"scalar", "avx2", "avx512"};
+
+Isa widest_supported() {
+#ifdef VLMFAST_X86
+  __builtin_cpu_init();
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                __builtin_cpu_supports("avx512cd");
+  return avx2 && avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::scalar;
+#else
+  return widest_built;
+#endif
+}
+
+Isa choose() {
+  Isa supported = widest_supported();
+  const char* wanted = std::getenv("VLMFAST_ISA");
+  if (!wanted || !*wanted) return supported;
+  for (int i = 0; i < 3; ++i)
+    if (!std::strcmp(wanted, names[i])) {
+      if (i > int(supported))
+        throw std::runtime_error("VLMFAST_ISA is " + std::string(wanted) + ", the widest available here is " +
+                                 names[int(supported)]);
+      return Isa(i);
+    }
+  throw std::runtime_error("VLMFAST_ISA is '" + std::string(wanted) + "', it must be scalar, avx2 or avx512");
+}
+
+}  // namespace
+
+Isa isa() {
+  static const Isa chosen = choose();
+  return chosen;
+}
+
+const char* isa_name() { return names[int(isa())]; }
+const char* isas_built() { return widest_built == Isa::avx512 ? "scalar avx2 avx512" : "scalar"; }
+
+#ifdef VLMFAST_X86
+#define VLMFAST_DISPATCH(call)                 \
+  switch (isa()) {                             \
+    case Isa::avx512: return avx512::call;     \
+    case Isa::avx2: return avx2::call;         \
+    default: return scalar::call;              \
+  }
+#else
+#define VLMFAST_DISPATCH(call) return scalar::call;
+#endif
+
+int info_nce_fwd(const InfoNceForward& call) { VLMFAST_DISPATCH(info_nce_fwd(call)) }
+int info_nce_bwd(const InfoNceBackward& call) { VLMFAST_DISPATCH(info_nce_bwd(call)) }
+int siglip(const SigLip& call) { VLMFAST_DISPATCH(siglip(call)) }
+
+}  // namespace vlmfast::cpu

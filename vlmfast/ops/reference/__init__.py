@@ -1,0 +1,1 @@
+"""The ops' definitions in plain PyTorch."""
