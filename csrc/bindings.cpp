@@ -29,14 +29,14 @@ Pairs pairs(Address image, Address text, int dtype, int64_t n, int64_t m, int64_
 
 int info_nce_fwd(const Pairs& p, bool full, Address row_stats, Address column_stats, Address tiles, Address loss,
                  bool rows, bool columns, double smoothing) {
-  return cpu::info_nce_fwd({p, full, at<void>(row_stats), at<void>(column_stats), at<void>(tiles), at<void>(loss), rows,
+  return cpu::info_nce_fwd({p, full, at<double>(row_stats), at<double>(column_stats), at<void>(tiles), at<void>(loss), rows,
                             columns, smoothing});
 }
 
 int info_nce_bwd(const Pairs& p, Address row_stats, Address column_stats, Address tiles, Address row_weight,
                  int64_t row_weight_stride, Address column_weight, int64_t column_weight_stride, double smoothing,
                  Address d_image, Address d_text, int gradient_dtype, Address d_scale) {
-  return cpu::info_nce_bwd({p, at<void>(row_stats), at<void>(column_stats), at<void>(tiles), at<void>(row_weight),
+  return cpu::info_nce_bwd({p, at<double>(row_stats), at<double>(column_stats), at<void>(tiles), at<void>(row_weight),
                             at<void>(column_weight), row_weight_stride, column_weight_stride, smoothing,
                             at<void>(d_image), at<void>(d_text), DType(gradient_dtype), at<void>(d_scale)});
 }

@@ -45,15 +45,16 @@ class Forward : Walk<T> {
   using Walk<T>::p, Walk<T>::tiling, Walk<T>::scale, Walk<T>::bias, Walk<T>::lanes, Walk<T>::minus_infinity;
   using V = Vec<T>;
   const InfoNceForward& call;
-  T *row_stats, *column_stats, *kept, *exponents;
+  double *row_stats, *column_stats;
+  T *kept, *exponents;
 
-  T* row_stat(Statistic which) const { return row_stats + which * p.n; }
-  T* column_stat(Statistic which) const { return column_stats + which * p.m; }
+  double* row_stat(Statistic which) const { return row_stats + which * p.n; }
+  double* column_stat(Statistic which) const { return column_stats + which * p.m; }
 
  public:
   explicit Forward(const InfoNceForward& c)
-      : Walk<T>(c.pairs), call(c), row_stats(static_cast<T*>(c.row_stats)),
-        column_stats(static_cast<T*>(c.column_stats)), kept(static_cast<T*>(c.tiles)),
+      : Walk<T>(c.pairs), call(c), row_stats(c.row_stats), column_stats(c.column_stats),
+        kept(static_cast<T*>(c.tiles)),
         exponents(kept ? kept + tiling.kept() : nullptr) {}
 
   int run() {
@@ -100,14 +101,14 @@ class Forward : Walk<T> {
   }
 
  private:
-  void start(T* stats, int64_t lines) const {
-    std::fill_n(stats, (call.full ? 6 : 2) * lines, T(0));
-    if (call.full) std::fill_n(stats + BEST * lines, lines, minus_infinity);
+  void start(double* stats, int64_t lines) const {
+    std::fill_n(stats, (call.full ? 6 : 2) * lines, 0.0);
+    if (call.full) std::fill_n(stats + BEST * lines, lines, -std::numeric_limits<double>::infinity());
   }
 
-  static void finish(const Team& team, Lines lines, int64_t count, T* lse) {
+  static void finish(const Team& team, Lines lines, int64_t count, double* lse) {
     for (int64_t i = count * team.rank / team.size; i < count * (team.rank + 1) / team.size; ++i)
-      lse[i] = T(lines.top[i] + std::log(lines.sum[i]));
+      lse[i] = lines.top[i] + std::log(lines.sum[i]);
   }
 
   // Everything except the log-sum-exp, before exclusion; `s` holds logits.
@@ -116,36 +117,29 @@ class Forward : Walk<T> {
       if (this->crosses_diagonal(t))
         for (int64_t i = this->first_diagonal(t); i < this->last_diagonal(t); ++i) {
           int64_t j = this->diagonal_column(t, i);
-          row_stat(POSITIVE)[t.i0 + i] = column_stat(POSITIVE)[t.j0 + j] = s[i * t.stride + j];
+          row_stat(POSITIVE)[t.i0 + i] = column_stat(POSITIVE)[t.j0 + j] = double(s[i * t.stride + j]);
         }
       return;
     }
-    T *column_positive = column_stat(POSITIVE) + t.j0, *column_positives = column_stat(POSITIVES) + t.j0;
-    T *column_best = column_stat(BEST) + t.j0, *column_total = column_stat(SUM) + t.j0;
-    T* column_count = column_stat(COUNT) + t.j0;
+    double *column_positive = column_stat(POSITIVE) + t.j0, *column_positives = column_stat(POSITIVES) + t.j0;
+    double *column_best = column_stat(BEST) + t.j0, *column_total = column_stat(SUM) + t.j0;
+    double* column_count = column_stat(COUNT) + t.j0;
     for (int64_t i = 0; i < t.rows; ++i) {
-      int64_t row = t.i0 + i, positives = 0, count = 0;
-      double positive_sum = 0, total = 0;
-      T best = minus_infinity;
+      int64_t row = t.i0 + i;
       for (int64_t j = 0; j < t.width; ++j) {
         bool positive = p.labels ? p.labels[row] == p.text_labels[t.j0 + j] : row + p.offset == t.j0 + j;
         if (p.mask && this->masked(t, i, j) && (p.labels || !positive)) continue;
-        T x = s[i * t.stride + j];
-        total += double(x), ++count;
+        double x = double(s[i * t.stride + j]);
+        row_stat(SUM)[row] += x, row_stat(COUNT)[row] += 1;
         column_total[j] += x, column_count[j] += 1;
         if (positive) {
-          positive_sum += double(x), ++positives;
+          row_stat(POSITIVE)[row] += x, row_stat(POSITIVES)[row] += 1;
           column_positive[j] += x, column_positives[j] += 1;
         } else {
-          best = std::max(best, x);
+          row_stat(BEST)[row] = std::max(row_stat(BEST)[row], x);
           column_best[j] = std::max(column_best[j], x);
         }
       }
-      row_stat(POSITIVE)[row] += T(positive_sum);
-      row_stat(POSITIVES)[row] += T(positives);
-      row_stat(BEST)[row] = std::max(row_stat(BEST)[row], best);
-      row_stat(SUM)[row] += T(total);
-      row_stat(COUNT)[row] += T(count);
     }
   }
 
@@ -205,18 +199,17 @@ class Forward : Walk<T> {
     if (exponents) exponents[t.index] = std::numeric_limits<T>::quiet_NaN();
   }
 
-  double line_loss(const T* stats, int64_t lines, int64_t i) const {
-    double lse = double(stats[LSE * lines + i]), positive = double(stats[POSITIVE * lines + i]);
-    if (this->diagonal() && call.smoothing == 0) return softplus(lse - positive);
-    double target = positive, normaliser = lse;
+  double line_loss(const double* stats, int64_t lines, int64_t i) const {
+    double normaliser = stats[LSE * lines + i], target = stats[POSITIVE * lines + i];
     if (this->diagonal()) {
-      normaliser = positive + softplus(lse - positive);
+      if (call.smoothing == 0) return softplus(normaliser - target);
+      normaliser = target + softplus(normaliser - target);
     } else {
-      double positives = double(stats[POSITIVES * lines + i]);
+      double positives = stats[POSITIVES * lines + i];
       if (positives == 0) return 0;
-      target = positive / positives;
+      target /= positives;
     }
-    double uniform = call.smoothing == 0 ? 0 : double(stats[SUM * lines + i]) / double(stats[COUNT * lines + i]);
+    double uniform = call.smoothing == 0 ? 0 : stats[SUM * lines + i] / stats[COUNT * lines + i];
     return normaliser - (1 - call.smoothing) * target - call.smoothing * uniform;
   }
 
@@ -246,8 +239,9 @@ class Backward : Walk<T> {
 
   // Per line: weight, normaliser of the softmax, share of the smoothed target per pair, share of a labelled positive.
   struct Coefficients {
-    T *weight, *normaliser, *uniform, *target;
-    const T* stats;
+    T *weight, *uniform, *target;
+    double* normaliser;
+    const double* stats;
     int64_t lines;
   };
 
@@ -262,12 +256,12 @@ class Backward : Walk<T> {
     Spread<T> spread(*this, call.d_image, call.d_text, call.gradient_dtype);
     int threads = tiling.threads;
     int64_t line = std::max(tiling.rows, tiling.columns);
-    Scratch scratch(Scratch::space(tiling.padded * p.d, sizeof(T)) + 8 * Scratch::space(std::max(p.n, p.m), sizeof(T)) +
+    Scratch scratch(Scratch::space(tiling.padded * p.d, sizeof(T)) + 8 * Scratch::space(std::max(p.n, p.m), 8) +
                     spread.shared_space() +
                     threads * (this->thread_space() + spread.thread_space() + 2 * Scratch::space(line, sizeof(T))));
     T* packed = scratch.template take<T>(kept ? 0 : tiling.padded * p.d);
-    Coefficients rows = take_lines(scratch, static_cast<const T*>(call.row_stats), p.n);
-    Coefficients columns = take_lines(scratch, static_cast<const T*>(call.column_stats), p.m);
+    Coefficients rows = take_lines(scratch, call.row_stats, p.n);
+    Coefficients columns = take_lines(scratch, call.column_stats, p.m);
     spread.take(scratch);
     struct Own {
       typename Walk<T>::Buffers buffers;
@@ -335,29 +329,29 @@ class Backward : Walk<T> {
     return 0;
   }
 
-  static Coefficients take_lines(Scratch& scratch, const T* stats, int64_t lines) {
-    T* parts[4];
+  static Coefficients take_lines(Scratch& scratch, const double* stats, int64_t lines) {
+    T* parts[3];
     for (T*& part : parts) part = scratch.template take<T>(lines);
-    return {parts[0], parts[1], parts[2], parts[3], stats, lines};
+    return {parts[0], parts[1], parts[2], scratch.template take<double>(lines), stats, lines};
   }
 
   void prepare(const Team& team, Coefficients c, const void* weights, int64_t stride) const {
     auto given = static_cast<const T*>(weights);
     for (int64_t i = c.lines * team.rank / team.size; i < c.lines * (team.rank + 1) / team.size; ++i) {
-      double lse = double(c.stats[LSE * c.lines + i]), weight = given ? double(given[i * stride]) : 0;
+      double lse = c.stats[LSE * c.lines + i], weight = given ? double(given[i * stride]) : 0;
       double normaliser = lse, target = 0;
       if (this->diagonal()) {
-        double positive = double(c.stats[POSITIVE * c.lines + i]);
+        double positive = c.stats[POSITIVE * c.lines + i];
         normaliser = positive + softplus(lse - positive);
-      } else if (double positives = double(c.stats[POSITIVES * c.lines + i]); positives > 0) {
+      } else if (double positives = c.stats[POSITIVES * c.lines + i]; positives > 0) {
         target = weight * (1 - call.smoothing) / positives;
       } else {
         weight = 0;
       }
       c.weight[i] = T(weight);
-      c.normaliser[i] = T(weight == 0 ? unreachable : normaliser);
+      c.normaliser[i] = weight == 0 ? unreachable : normaliser;
       c.uniform[i] = call.smoothing == 0 || weight == 0
-                         ? T(0) : T(weight * call.smoothing / double(c.stats[COUNT * c.lines + i]));
+                         ? T(0) : T(weight * call.smoothing / c.stats[COUNT * c.lines + i]);
       c.target[i] = T(target);
     }
   }
@@ -365,10 +359,12 @@ class Backward : Walk<T> {
   // exp(s - r_i) w_i = exp(s - exponent) alpha_i, and likewise beta_j for columns.
   void factors(const Tile& t, T exponent, Coefficients rows, Coefficients columns, T* alpha, T* beta) const {
     auto line = [&](Coefficients c, int64_t first, int64_t count, T* out) {
+      // the difference in double: a normaliser rounded to float would shift the whole line's probabilities
+      for (int64_t i = 0; i < count; ++i) out[i] = T(double(exponent) - c.normaliser[first + i]);
       int64_t i = 0;
       for (; i + lanes <= count; i += lanes)
-        store(out + i, V(load(c.weight + first + i) * exp<T>(V(exponent - load(c.normaliser + first + i)))));
-      for (; i < count; ++i) out[i] = c.weight[first + i] * std::exp(exponent - c.normaliser[first + i]);
+        store(out + i, V(load(c.weight + first + i) * exp<T>(load(out + i))));
+      for (; i < count; ++i) out[i] = c.weight[first + i] * std::exp(out[i]);
     };
     line(rows, t.i0, t.rows, alpha);
     line(columns, t.j0, t.width, beta);
@@ -396,12 +392,12 @@ class Backward : Walk<T> {
         }
       return;
     }
-    std::copy_n(columns.normaliser + t.j0, t.width, alpha);
+    for (int64_t j = 0; j < t.width; ++j) alpha[j] = T(columns.normaliser[t.j0 + j]);
     std::copy_n(columns.weight + t.j0, t.width, beta);
     std::fill(alpha + t.width, alpha + t.stride, T(0));
     std::fill(beta + t.width, beta + t.stride, T(0));
     for (int64_t i = 0; i < t.rows; ++i) {
-      T normaliser = rows.normaliser[t.i0 + i], weight = rows.weight[t.i0 + i];
+      T normaliser = T(rows.normaliser[t.i0 + i]), weight = rows.weight[t.i0 + i];
       for (int64_t j = 0; j < t.stride; j += lanes) {
         T* at = g + i * t.stride + j;
         V x = load(at) * factor + shift;
@@ -436,7 +432,7 @@ class Backward : Walk<T> {
   double diagonal_gradient(Coefficients c, int64_t i) const {
     double weight = double(c.weight[i]);
     if (weight == 0) return 0;
-    double gap = double(c.stats[LSE * c.lines + i]) - double(c.stats[POSITIVE * c.lines + i]);
+    double gap = c.stats[LSE * c.lines + i] - c.stats[POSITIVE * c.lines + i];
     return weight * (call.smoothing - sigmoid(gap)) - double(c.uniform[i]);
   }
 };

@@ -1,5 +1,6 @@
 // Arguments of the info_nce family's CPU kernels: addresses, sizes, and strides in elements. The definition of each
-// is vlmfast/ops/reference/info_nce.py; statistics are [6, lines] or [2, lines] in the order of `Statistic`.
+// is vlmfast/ops/reference/info_nce.py. Statistics are [6, lines] or [2, lines] in the order of `Statistic`, in double: the
+// rounding of a float32 log-sum-exp would be the largest error of a converged batch.
 #pragma once
 #include <cstdint>
 
@@ -24,7 +25,7 @@ struct Pairs {
 struct InfoNceForward {
   Pairs pairs;
   bool full;
-  void *row_stats, *column_stats;  // [K, N], [K, M]
+  double *row_stats, *column_stats;  // [K, N], [K, M]
   void* tiles;                     // [N + 196, M + 64] to keep for the backward, or null
   void* loss;                      // [] mean of the lines' losses, or null
   bool rows, columns;              // which directions `loss` averages
@@ -33,7 +34,7 @@ struct InfoNceForward {
 
 struct InfoNceBackward {
   Pairs pairs;
-  const void *row_stats, *column_stats;
+  const double *row_stats, *column_stats;
   const void* tiles;
   const void *row_weight, *column_weight;  // [N] or [], null leaves the direction out
   int64_t row_weight_stride, column_weight_stride;

@@ -67,13 +67,21 @@ void run_team(int threads, void (*body)(void*, const Team&), void* data) {
 Scratch::Scratch(int64_t bytes) {
   constexpr int64_t huge = int64_t(1) << 21;
   int64_t alignment = bytes >= 2 * huge ? huge : 64;
-  int64_t size = (bytes + alignment) / alignment * alignment;
-  start_ = next_ = static_cast<char*>(std::aligned_alloc(size_t(alignment), size_t(size)));
+  size_ = (bytes + alignment) / alignment * alignment;
+  start_ = next_ = static_cast<char*>(std::aligned_alloc(size_t(alignment), size_t(size_)));
   if (!start_) throw std::bad_alloc();
-  prefer_huge_pages(start_, size);
+  prefer_huge_pages(start_, size_);
+#ifdef __SANITIZE_ADDRESS__
+  __asan_poison_memory_region(start_, size_t(size_));
+#endif
 }
 
-Scratch::~Scratch() { std::free(start_); }
+Scratch::~Scratch() {
+#ifdef __SANITIZE_ADDRESS__
+  __asan_unpoison_memory_region(start_, size_t(size_));
+#endif
+  std::free(start_);
+}
 
 void prefer_huge_pages(void* start, int64_t bytes) {
 #ifdef __linux__

@@ -4,6 +4,10 @@
 #include <atomic>
 #include <cstdint>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace vlmfast {
 
 struct Team {
@@ -26,6 +30,7 @@ void parallel(int threads, Body&& body) {
 }
 
 // Uninitialised memory for one call, aligned for vectors; large pieces ask for huge pages. Throws std::bad_alloc.
+// Under the address sanitizer the gaps between the pieces are poisoned.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes);
@@ -35,13 +40,24 @@ class Scratch {
   template <class T>
   T* take(int64_t count) {
     char* at = next_;
-    next_ += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+    next_ += space(count, sizeof(T));
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(at, size_t(count) * sizeof(T));
+#endif
     return reinterpret_cast<T*>(at);
   }
-  static int64_t space(int64_t count, int64_t size) { return (count * size + 63) / 64 * 64; }
+  static int64_t space(int64_t count, int64_t size) {
+#ifdef __SANITIZE_ADDRESS__
+    constexpr int64_t gap = 64;
+#else
+    constexpr int64_t gap = 0;
+#endif
+    return (count * size + 63) / 64 * 64 + gap;
+  }
 
  private:
   char *start_, *next_;
+  int64_t size_;
 };
 
 // Asks for huge pages under memory that somebody else allocated and nobody has touched.

@@ -1,7 +1,6 @@
 """Which implementation runs an op: the choice, and why a backend is missing."""
 
 import contextlib
-import contextvars
 import ctypes
 import importlib
 import importlib.util
@@ -22,14 +21,14 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-# the variable is read once: a look-up in os.environ costs as much as a small kernel
-_DEFAULT: str = _checked(os.environ.get("VLMFAST_BACKEND") or "auto", "VLMFAST_BACKEND")
-_chosen = contextvars.ContextVar("vlmfast_backend", default=_DEFAULT)
+# One choice for the process: autograd runs the backward of CUDA tensors on threads of its own. The variable is read
+# once, since a look-up in os.environ costs as much as a small kernel.
+_chosen = _checked(os.environ.get("VLMFAST_BACKEND") or "auto", "VLMFAST_BACKEND")
 
 
 @contextlib.contextmanager
 def backend(name: str):
-    """Runs every vlmfast op inside the block on one backend.
+    """Runs every vlmfast op inside the block on one backend, in all threads.
 
     Args:
         name:  "auto" (the default: native on the CPU, Triton on CUDA), "reference" (plain PyTorch, any device),
@@ -39,11 +38,12 @@ def backend(name: str):
     Raises:
         ValueError: unknown name. An op raises ValueError if the backend cannot run on its tensors.
     """
-    token = _chosen.set(_checked(name, "backend"))
+    global _chosen
+    before, _chosen = _chosen, _checked(name, "backend")
     try:
         yield
     finally:
-        _chosen.reset(token)
+        _chosen = before
 
 
 @cache
@@ -81,7 +81,7 @@ _warned = set()
 
 def choose(family: str, tensor: torch.Tensor) -> str:
     """The backend for an op of `family` on `tensor`: "reference", "native" or "triton"."""
-    name = _chosen.get()
+    name = _chosen
     device = tensor.device.type
     if name == "auto":
         if device == "cpu":

@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _native
 from . import dispatch
+from .autograd import first_order
 from .reference.info_nce import BEST, COUNT, LSE, POSITIVE, POSITIVES, STATS_FULL, STATS_SHORT, SUM, softplus
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -123,7 +123,7 @@ def _forward(image, text, logit_scale, logit_bias, labels, text_labels, mask, we
         image, text, logit_scale, logit_bias, labels, text_labels, mask, 0, options.full, keep, options.direction,
         options.smoothing)
     if options.reduction != "mean" or weight is not None:
-        loss = reduce_lines(row_stats, column_stats, labels is None, options, weight)
+        loss = reduce_lines(row_stats, column_stats, labels is None, options, weight).to(logit_scale.dtype)
     return loss, row_stats, column_stats, tiles
 
 
@@ -141,7 +141,7 @@ class _InfoNCE(torch.autograd.Function):
         return loss, row_stats, column_stats
 
     @staticmethod
-    @once_differentiable
+    @first_order("info_nce")
     def backward(ctx, gradient, _rows, _columns):
         *tensors, weight, row_stats, column_stats, tiles = ctx.saved_tensors
         options = ctx.options
@@ -291,21 +291,20 @@ class _SigLip(torch.autograd.Function):
                             device=image.device)
         # kept wider than 16-bit inputs: the upstream gradient is still to come, and they are rounded once
         rows, *gradients = siglip_rows(*tensors, 0, weight, *ctx.needs, True)
-        ctx.save_for_backward(*gradients)
-        ctx.dtype = image.dtype
+        ctx.save_for_backward(*tensors, *gradients)
         return rows.sum() if reduction == "sum" else rows.mean()
 
     @staticmethod
-    @once_differentiable
+    @first_order("siglip_loss")
     def backward(ctx, upstream):
         need_image, need_text, need_scale = ctx.needs
+        tensors, gradients = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
         if ctx.reduction == "none":
-            tensors = ctx.saved_tensors
             _, d_image, d_text, d_scale, d_bias = siglip_rows(*tensors, 0, upstream, *ctx.needs, False)
         else:
-            d_image, d_text, d_scale, d_bias = (None if g is None else upstream * g for g in ctx.saved_tensors)
-            d_image = d_image.to(ctx.dtype) if need_image else None
-            d_text = d_text.to(ctx.dtype) if need_text else None
+            d_image, d_text, d_scale, d_bias = (None if g is None else upstream * g for g in gradients)
+            d_image = d_image.to(tensors[0].dtype) if need_image else None
+            d_text = d_text.to(tensors[0].dtype) if need_text else None
         wants = ctx.needs_input_grad
         return d_image, d_text, d_scale if wants[2] else None, d_bias if wants[3] else None, None
 
@@ -344,7 +343,7 @@ def line_gradients(image, text, logit_scale, logit_bias, labels, text_labels, ma
     """`reference.info_nce.backward` on the backend in force: (d_image, d_text, d_scale), None where not needed."""
     gradients = _bwd_op(
         image, text, logit_scale, logit_bias, labels, text_labels, mask, offset, row_stats, column_stats,
-        row_stats.new_empty(0), row_weight, column_weight, label_smoothing, need_image, need_text, need_scale, wide)
+        logit_scale.new_empty(0), row_weight, column_weight, label_smoothing, need_image, need_text, need_scale, wide)
     return tuple(g if need else None for g, need in zip(gradients, (need_image, need_text, need_scale), strict=True))
 
 
@@ -476,7 +475,8 @@ def _info_nce_fwd(image, text, logit_scale, logit_bias, labels, text_labels, mas
         loss = reduce_lines(row_stats, column_stats, labels is None, options) if direction else row_stats.new_empty(())
         return loss, row_stats, column_stats, row_stats.new_empty(0)
     n, m, count = image.shape[0], text.shape[0], STATS_FULL if full else STATS_SHORT
-    row_stats, column_stats = torch.empty(count, n, dtype=dtype), torch.empty(count, m, dtype=dtype)
+    row_stats = torch.empty(count, n, dtype=torch.float64)
+    column_stats = torch.empty(count, m, dtype=torch.float64)
     loss = torch.empty((), dtype=dtype)
     threads = torch.get_num_threads()
     tiles = torch.empty(_tiles_shape(n, m) if keep else 0, dtype=dtype)
@@ -494,7 +494,8 @@ def _info_nce_fwd_fake(image, text, logit_scale, logit_bias, labels, text_labels
                        smoothing):
     n, m, count = image.shape[0], text.shape[0], STATS_FULL if full else STATS_SHORT
     new = logit_scale.new_empty
-    return new(()), new(count, n), new(count, m), new(_tiles_shape(n, m) if keep else 0)
+    stats = torch.float64 if dispatch.choose("info_nce", image) == "native" else logit_scale.dtype
+    return (new(()), new(count, n, dtype=stats), new(count, m, dtype=stats), new(_tiles_shape(n, m) if keep else 0))
 
 
 def _info_nce_bwd(image, text, logit_scale, logit_bias, labels, text_labels, mask, offset, row_stats, column_stats,
@@ -504,13 +505,13 @@ def _info_nce_bwd(image, text, logit_scale, logit_bias, labels, text_labels, mas
         gradients = dispatch.module("info_nce", name).backward(
             image, text, logit_scale, logit_bias, labels, text_labels, mask, offset, row_stats, column_stats,
             row_weight, column_weight, smoothing, need_image, need_text, need_scale, wide)
-        return tuple(row_stats.new_empty(0) if g is None else g for g in gradients)
-    out = row_stats.dtype if wide else image.dtype
+        return tuple(logit_scale.new_empty(0) if g is None else g for g in gradients)
+    out = logit_scale.dtype if wide else image.dtype
     kept = tiles.numel() > 0
     # the scale's gradient comes from one tower's sums
     d_image = torch.empty(image.shape if need_image or not need_text else 0, dtype=out)
     d_text = torch.empty(text.shape if need_text else 0, dtype=out)
-    d_scale = torch.empty((), dtype=row_stats.dtype)
+    d_scale = torch.empty((), dtype=logit_scale.dtype)
     threads = int(tiles[-1, -1]) if kept else torch.get_num_threads()
     status = _native.info_nce_bwd(
         _pairs(image, text, logit_scale, logit_bias, labels, text_labels, mask, offset, threads),
@@ -524,9 +525,9 @@ def _info_nce_bwd(image, text, logit_scale, logit_bias, labels, text_labels, mas
 
 def _info_nce_bwd_fake(image, text, logit_scale, logit_bias, labels, text_labels, mask, offset, row_stats, column_stats,
                        tiles, row_weight, column_weight, smoothing, need_image, need_text, need_scale, wide):
-    out = row_stats.dtype if wide else image.dtype
+    out = logit_scale.dtype if wide else image.dtype
     return (image.new_empty(image.shape if need_image else 0, dtype=out),
-            text.new_empty(text.shape if need_text else 0, dtype=out), row_stats.new_empty(()))
+            text.new_empty(text.shape if need_text else 0, dtype=out), logit_scale.new_empty(()))
 
 
 def _step(weight: Tensor | None) -> int:
