@@ -360,8 +360,8 @@ def test_opcheck(dtype):
             torch.library.opcheck(ops.info_nce_fwd.default, (*arguments, full, keep, 3, 0.0),
                                   test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
             _, rows, columns, tiles = ops.info_nce_fwd(*arguments, full, keep, 3, 0.0)
-            torch.library.opcheck(ops.info_nce_bwd.default, (*arguments, rows, columns, tiles, weight, weight, 0.0, True,
-                                                             True, True, False))
+            torch.library.opcheck(ops.info_nce_bwd.default, (*arguments, rows, columns, tiles, weight, weight, 0.0,
+                                                             True, True, True, False))
     torch.library.opcheck(ops.siglip.default, (image, text, scale, bias, 0, weight, True, True, True, False))
 
 

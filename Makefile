@@ -1,0 +1,54 @@
+# make demo   train a small CLIP on the embedded pictures and show what it learned
+# make test   all tests
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test lint sanitize aot wheel bench clean
+
+# one stamp per set of requirements: the package is rebuilt by hand (make build) after a change in csrc/
+$(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q "$(TORCH)"
+	$(BIN)/python -m pip install -q "setuptools>=68" cmake ninja pybind11
+	$(BIN)/python -m pip install -q --no-build-isolation -e .
+	touch $@
+
+$(VENV)/tested: $(VENV)/installed
+	$(BIN)/python -m pip install -q -e ".[test,triton]" --no-build-isolation
+	$(BIN)/python -m pip install -q transformers sentencepiece
+	$(BIN)/python -m pip install -q --no-deps open_clip_torch
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/vlmfast demo
+
+test: $(VENV)/tested
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/tested
+	$(BIN)/ruff check .
+
+# address and undefined-behaviour sanitizers over the native core, every instruction set of this machine
+sanitize: $(VENV)/tested
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DVLMFAST_SANITIZE=ON -DVLMFAST_PYTHON=OFF -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
+	$(BIN)/cmake --build build/sanitize --target check_native
+	for isa in scalar avx2 avx512; do \
+	  if VLMFAST_ISA=$$isa $(BIN)/python -c 'import vlmfast._native as n; n.build_info()' 2>/dev/null; \
+	  then VLMFAST_ISA=$$isa build/sanitize/check_native || exit 1; \
+	  else echo "$$isa: not on this machine"; fi; done
+
+# every Triton kernel to machine code for sm_80, sm_90 and sm_100; fails on a register spill
+aot: $(VENV)/tested
+	$(BIN)/python -m vlmfast.kernels.aot
+
+bench: $(VENV)/tested
+	$(BIN)/python -m bench info_nce
+
+wheel: $(VENV)/tested
+	$(BIN)/python -m build --wheel --no-isolation
+
+clean:
+	rm -rf build dist *.egg-info vlmfast/_native*.so

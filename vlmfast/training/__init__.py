@@ -1,0 +1,18 @@
+"""One training loop for image-text models: exact large batches, resume bit for bit, `torchrun`."""
+
+from .config import TrainConfig
+from .loaders import StreamLoader, TensorLoader
+from .loop import Trainer, TrainResult, train
+from .schedule import learning_rate
+from .state import NonFiniteLoss
+
+__all__ = [
+    "NonFiniteLoss",
+    "StreamLoader",
+    "TensorLoader",
+    "TrainConfig",
+    "TrainResult",
+    "Trainer",
+    "learning_rate",
+    "train",
+]
