@@ -35,7 +35,7 @@ lint: $(VENV)/tested
 sanitize: $(VENV)/tested
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DVLMFAST_SANITIZE=ON -DVLMFAST_PYTHON=OFF -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
 	$(BIN)/cmake --build build/sanitize --target check_native
-	for isa in scalar avx2 avx512; do \
+	for isa in scalar avx2 avx512 avx512bf16; do \
 	  if VLMFAST_ISA=$$isa $(BIN)/python -c 'import vlmfast._native as n; n.build_info()' 2>/dev/null; \
 	  then VLMFAST_ISA=$$isa build/sanitize/check_native || exit 1; \
 	  else echo "$$isa: not on this machine"; fi; done

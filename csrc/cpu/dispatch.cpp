@@ -11,12 +11,12 @@ namespace vlmfast::cpu {
 namespace {
 
 #ifdef VLMFAST_X86
-constexpr Isa widest_built = Isa::avx512;
+constexpr Isa widest_built = Isa::avx512bf16;
 #else
 constexpr Isa widest_built = Isa::scalar;
 #endif
 
-constexpr const char* names[] = {"scalar", "avx2", "avx512"};
+constexpr const char* names[] = {"scalar", "avx2", "avx512", "avx512bf16"};
 
 Isa widest_supported() {
 #ifdef VLMFAST_X86
@@ -25,7 +25,8 @@ Isa widest_supported() {
   bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                 __builtin_cpu_supports("avx512cd");
-  return avx2 && avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::scalar;
+  bool bf16 = __builtin_cpu_supports("avx512bf16");
+  return avx2 && avx512 ? (bf16 ? Isa::avx512bf16 : Isa::avx512) : avx2 ? Isa::avx2 : Isa::scalar;
 #else
   return widest_built;
 #endif
@@ -35,14 +36,14 @@ Isa choose() {
   Isa supported = widest_supported();
   const char* wanted = std::getenv("VLMFAST_ISA");
   if (!wanted || !*wanted) return supported;
-  for (int i = 0; i < 3; ++i)
+  for (int i = 0; i < 4; ++i)
     if (!std::strcmp(wanted, names[i])) {
       if (i > int(supported))
         throw std::runtime_error("VLMFAST_ISA is " + std::string(wanted) + ", the widest available here is " +
                                  names[int(supported)]);
       return Isa(i);
     }
-  throw std::runtime_error("VLMFAST_ISA is '" + std::string(wanted) + "', it must be scalar, avx2 or avx512");
+  throw std::runtime_error("VLMFAST_ISA is '" + std::string(wanted) + "', it must be scalar, avx2, avx512 or avx512bf16");
 }
 
 }  // namespace
@@ -53,14 +54,15 @@ Isa isa() {
 }
 
 const char* isa_name() { return names[int(isa())]; }
-const char* isas_built() { return widest_built == Isa::avx512 ? "scalar avx2 avx512" : "scalar"; }
+const char* isas_built() { return widest_built == Isa::scalar ? "scalar" : "scalar avx2 avx512 avx512bf16"; }
 
 #ifdef VLMFAST_X86
-#define VLMFAST_DISPATCH(call)                 \
-  switch (isa()) {                             \
-    case Isa::avx512: return avx512::call;     \
-    case Isa::avx2: return avx2::call;         \
-    default: return scalar::call;              \
+#define VLMFAST_DISPATCH(call)                     \
+  switch (isa()) {                                 \
+    case Isa::avx512bf16: return avx512bf16::call; \
+    case Isa::avx512: return avx512::call;         \
+    case Isa::avx2: return avx2::call;             \
+    default: return scalar::call;                  \
   }
 #else
 #define VLMFAST_DISPATCH(call) return scalar::call;

@@ -3,7 +3,7 @@
 
 namespace vlmfast::cpu {
 
-enum class Isa : int { scalar, avx2, avx512 };
+enum class Isa : int { scalar, avx2, avx512, avx512bf16 };
 
 // Throws std::runtime_error if VLMFAST_ISA is unknown or names what the processor or the build lacks.
 Isa isa();

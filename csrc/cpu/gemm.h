@@ -1,15 +1,98 @@
 // Register-blocked matrix products on packed operands, for tiles that live in the second-level cache.
 //
 // C[M, N] (+)= A[M, K] B[K, N]. B is packed in panels [N / NR][K][NR], so that a step of K reads NV vectors; A is read
-// element by element and broadcast, hence any two strides will do and most callers need not pack it.
+// element by element and broadcast, hence any two strides will do and most callers need not pack it. What an element
+// is and how two of them multiply is the `Product`: plain numbers, or pairs of bfloat16 along K.
 #pragma once
+#include <algorithm>
+
 #include "simd.h"
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 namespace vlmfast {
 namespace {
 
-template <class T>
+// One number a step of K.
+template <class Number>
+struct Plain {
+  using T = Number;
+  using Operand = Number;
+  static constexpr DType stored = sizeof(T) == 4 ? DType::float32 : DType::float64;
+  static int64_t depth(int64_t count) { return count; }
+  static Vec<T> broadcast(Operand a) { return vlmfast::broadcast(a); }
+  static void multiply_add(Vec<T>& sum, Vec<T> a, Vec<T> b) { sum += a * b; }
+
+  // One row as operands along K.
+  static void row(const void* from, DType dtype, int64_t count, Operand* to) { widen_row(from, dtype, count, to); }
+  // Step k of K across the rows of a matrix, as operands.
+  template <class RowAt>
+  static void step(RowAt row_at, int64_t k, int64_t, DType dtype, int64_t width, Operand* to) {
+    widen_row(row_at(k), dtype, width, to);
+  }
+};
+
+#ifdef __AVX512BF16__
+// Two bfloat16 numbers a step of K, multiplied exactly and summed in float32: inputs lose nothing.
+struct Bfloat16Pairs {
+  using T = float;
+  using Operand = uint32_t;
+  static constexpr DType stored = DType::bfloat16;
+  static int64_t depth(int64_t count) { return (count + 1) / 2; }
+  static Vec<float> broadcast(Operand a) { return (Vec<float>)_mm512_set1_epi32(int(a)); }
+  static void multiply_add(Vec<float>& sum, Vec<float> a, Vec<float> b) {
+    sum = (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+
+  static void row(const void* from, DType, int64_t count, Operand* to) {
+    if (count % 2) to[count / 2] = 0;
+    if (count) memcpy(to, from, size_t(count) * 2);
+  }
+  template <class RowAt>
+  static void step(RowAt row_at, int64_t k, int64_t count, DType, int64_t width, Operand* to) {
+    auto even = static_cast<const uint16_t*>(static_cast<const void*>(row_at(2 * k)));
+    if (2 * k + 1 < count) {
+      auto odd = static_cast<const uint16_t*>(static_cast<const void*>(row_at(2 * k + 1)));
+      for (int64_t c = 0; c < width; ++c) to[c] = uint32_t(even[c]) | uint32_t(odd[c]) << 16;
+    } else {
+      for (int64_t c = 0; c < width; ++c) to[c] = even[c];
+    }
+  }
+
+  // Rows [rows, stride] of floats as pairs along the row, [rows, stride / 2]; stride is a multiple of 32.
+  static void pair_columns(const float* from, int64_t rows, int64_t stride, Operand* to) {
+    for (int64_t at = 0; at < rows * stride; at += 32) {
+      __m512bh pairs = _mm512_cvtne2ps_pbh((__m512)load(from + at + 16), (__m512)load(from + at));
+      memcpy(to + at / 2, &pairs, 64);
+    }
+  }
+  // ... and as pairs of rows, [(rows + 1) / 2, stride].
+  static void pair_rows(const float* from, int64_t rows, int64_t stride, Operand* to) {
+    for (int64_t i = 0; i < rows; i += 2)
+      for (int64_t j = 0; j < stride; j += 16) {
+        auto half = [&](int64_t row) {
+          return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)load(from + row * stride + j)));
+        };
+        __m512i pairs = half(i);
+        if (i + 1 < rows) pairs = _mm512_or_si512(pairs, _mm512_slli_epi32(half(i + 1), 16));
+        memcpy(to + i / 2 * stride + j, &pairs, 64);
+      }
+  }
+};
+#endif
+
+// A stride that is known to be 1 is written as Fixed<1>, so that the addresses fold.
+template <int value>
+struct Fixed {
+  constexpr operator int64_t() const { return value; }
+};
+
+template <class Product>
 struct Gemm {
+  using T = typename Product::T;
+  using Operand = typename Product::Operand;
 #if VLMFAST_VECTOR_BYTES == 64
   static constexpr int MR = 14, NV = 2;  // 28 sums, 2 columns of B, 1 broadcast: 31 of 32 registers
 #else
@@ -19,25 +102,19 @@ struct Gemm {
   static constexpr int NR = NV * lanes;
   using V = Vec<T>;
 
-  // A stride that is known to be 1 is written as Fixed<1>, so that the addresses fold.
-  template <int value>
-  struct Fixed {
-    constexpr operator int64_t() const { return value; }
-  };
-
   template <int rows, class StrideI, class StrideK>
-  static inline void micro(int64_t depth, const T* __restrict a, StrideI a_i, StrideK a_k, const T* __restrict b,
+  static inline void micro(int64_t depth, const Operand* __restrict a, StrideI a_i, StrideK a_k, const Operand* __restrict b,
                            T* __restrict c, int64_t c_row, bool accumulate) {
     V sum[rows][NV] = {};
     for (int64_t k = 0; k < depth; ++k) {
       V column[NV];
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) column[v] = load(b + k * NR + v * lanes);
+      for (int v = 0; v < NV; ++v) memcpy(&column[v], b + k * NR + v * lanes, sizeof(V));
 #pragma GCC unroll 16
       for (int i = 0; i < rows; ++i) {
-        V scalar = broadcast(a[i * int64_t(a_i) + k * int64_t(a_k)]);
+        V scalar = Product::broadcast(a[i * int64_t(a_i) + k * int64_t(a_k)]);
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) sum[i][v] += scalar * column[v];
+        for (int v = 0; v < NV; ++v) Product::multiply_add(sum[i][v], scalar, column[v]);
       }
     }
 #pragma GCC unroll 16
@@ -51,7 +128,7 @@ struct Gemm {
 
   // The last rows, fewer than MR: one instance a count, so that short batches pay for the rows they have.
   template <int rows, class StrideI, class StrideK>
-  static void micro_rows(int64_t count, int64_t depth, const T* a, StrideI a_i, StrideK a_k, const T* b, T* c,
+  static void micro_rows(int64_t count, int64_t depth, const Operand* a, StrideI a_i, StrideK a_k, const Operand* b, T* c,
                          int64_t c_row, bool accumulate) {
     if constexpr (rows > 0) {
       if (count == rows)
@@ -64,12 +141,12 @@ struct Gemm {
   // `b_panel` is the distance between panels. Writes exactly M rows; columns are N, or N rounded up to NR if `c` has
   // the room (`padded`), which saves the detour of the last panel.
   template <class StrideI, class StrideK>
-  static void run(int64_t M, int64_t N, int64_t K, const T* a, StrideI a_i, StrideK a_k, const T* b, int64_t b_panel,
-                  T* c, int64_t c_row, bool accumulate, bool padded = false) {
+  static void run(int64_t M, int64_t N, int64_t K, const Operand* a, StrideI a_i, StrideK a_k, const Operand* b,
+                  int64_t b_panel, T* c, int64_t c_row, bool accumulate, bool padded = false) {
     for (int64_t n = 0; n < N; n += NR, b += b_panel) {
       bool whole = padded || n + NR <= N;
       for (int64_t m = 0; m < M; m += MR) {
-        const T* rows = a + m * int64_t(a_i);
+        const Operand* rows = a + m * int64_t(a_i);
         int64_t count = M - m < MR ? M - m : MR;
         if (whole) {
           T* to = c + m * c_row + n;
@@ -93,15 +170,16 @@ struct Gemm {
     }
   }
 
-  // Rows [count, depth] of a matrix with any element type into panels of its transpose, [count / NR][depth][NR]:
-  // the B operand of X Y^T. Rows past `count` are zero.
-  static void pack_transposed(const void* from, DType dtype, int64_t row_stride, int64_t count, int64_t depth, T* to,
-                              T* row_buffer) {
+  // Rows [count, width] of a matrix with any element type into panels of its transpose, [count / NR][K][NR]: the B
+  // operand of X Y^T. Rows past `count` are zero.
+  static void pack_transposed(const void* from, DType dtype, int64_t row_stride, int64_t count, int64_t width,
+                              Operand* to, Operand* row_buffer) {
+    int64_t depth = Product::depth(width);
     for (int64_t j = 0; j < count; j += NR, to += NR * depth)
       for (int64_t r = 0; r < NR; ++r) {
         if (j + r < count) {
           const char* row = static_cast<const char*>(from) + (j + r) * row_stride * bytes_of(dtype);
-          widen_row(row, dtype, depth, row_buffer);
+          Product::row(row, dtype, width, row_buffer);
           for (int64_t k = 0; k < depth; ++k) to[k * NR + r] = row_buffer[k];
         } else {
           for (int64_t k = 0; k < depth; ++k) to[k * NR + r] = 0;
@@ -109,16 +187,17 @@ struct Gemm {
       }
   }
 
-  // Rows [count, width] into panels [width / NR][count][NR]: the B operand of G X. `panel` is the distance between
-  // panels, so that one packed matrix can be filled row by row. Columns past `width` are zero.
-  static void pack_rows(const void* from, DType dtype, int64_t row_stride, int64_t count, int64_t width, T* to,
-                        int64_t panel, T* row_buffer) {
+  // Rows [count, width] into panels [width / NR][K][NR], K along the rows: the B operand of G X. `panel` is the
+  // distance between panels; only steps [first, last) of K are written. Columns past `width` are zero.
+  static void pack_rows(const void* from, DType dtype, int64_t row_stride, int64_t count, int64_t width, int64_t first,
+                        int64_t last, Operand* to, int64_t panel, Operand* row_buffer) {
     int64_t padded = round_up(width, NR);
-    for (int64_t k = 0; k < count; ++k) {
-      const char* row = static_cast<const char*>(from) + k * row_stride * bytes_of(dtype);
-      widen_row(row, dtype, width, row_buffer);
-      for (int64_t j = width; j < padded; ++j) row_buffer[j] = 0;
-      for (int64_t p = 0; p < padded / NR; ++p) memcpy(to + p * panel + k * NR, row_buffer + p * NR, NR * sizeof(T));
+    auto row_at = [&](int64_t i) { return static_cast<const char*>(from) + i * row_stride * bytes_of(dtype); };
+    std::fill(row_buffer + width, row_buffer + padded, Operand(0));
+    for (int64_t k = first; k < last; ++k) {
+      Product::step(row_at, k, count, dtype, width, row_buffer);
+      for (int64_t p = 0; p < padded / NR; ++p)
+        memcpy(to + p * panel + k * NR, row_buffer + p * NR, NR * sizeof(Operand));
     }
   }
 };

@@ -40,10 +40,13 @@ void merge(Lines lines, int64_t first, int64_t count, const T* sums, const T* re
   }
 }
 
-template <class T>
-class Forward : Walk<T> {
-  using Walk<T>::p, Walk<T>::tiling, Walk<T>::scale, Walk<T>::bias, Walk<T>::lanes, Walk<T>::minus_infinity;
+template <class Product>
+class Forward : Walk<Product> {
+  using Base = Walk<Product>;
+  using T = typename Product::T;
+  using Operand = typename Product::Operand;
   using V = Vec<T>;
+  using Base::p, Base::tiling, Base::scale, Base::bias, Base::lanes, Base::minus_infinity, Base::paired;
   const InfoNceForward& call;
   double *row_stats, *column_stats;
   T *kept, *exponents;
@@ -53,7 +56,7 @@ class Forward : Walk<T> {
 
  public:
   explicit Forward(const InfoNceForward& c)
-      : Walk<T>(c.pairs), call(c), row_stats(c.row_stats), column_stats(c.column_stats),
+      : Base(c.pairs), call(c), row_stats(c.row_stats), column_stats(c.column_stats),
         kept(static_cast<T*>(c.tiles)),
         exponents(kept ? kept + tiling.kept() : nullptr) {}
 
@@ -62,14 +65,14 @@ class Forward : Walk<T> {
     int threads = tiling.threads;
     int64_t line = std::max(tiling.rows, tiling.columns);
     int64_t sums_space = 4 * Scratch::space(line, sizeof(T));
-    Scratch scratch(Scratch::space(tiling.padded * p.d, sizeof(T)) + 4 * Scratch::space(p.n + p.m, 8) +
+    Scratch scratch(Scratch::space(this->packed_count(), sizeof(Operand)) + 4 * Scratch::space(p.n + p.m, 8) +
                     threads * (this->thread_space() + sums_space));
     if (kept) prefer_huge_pages(kept, tiling.kept() * int64_t(sizeof(T)));
-    T* packed = scratch.template take<T>(tiling.padded * p.d);
+    Operand* packed = scratch.template take<Operand>(this->packed_count());
     Lines rows{scratch.template take<double>(p.n), scratch.template take<double>(p.n)};
     Lines columns{scratch.template take<double>(p.m), scratch.template take<double>(p.m)};
     struct Own {
-      typename Walk<T>::Buffers buffers;
+      typename Base::Buffers buffers;
       T *row_sum, *row_top, *column_sum, *column_top;
     };
     Own own[most_threads];
@@ -87,10 +90,11 @@ class Forward : Walk<T> {
       this->pack_text(team, packed, mine.buffers.row);
       team.barrier();
       this->tiles(
-          team, [&](int64_t i0, int64_t count) { this->widen_block(i0, count, mine.buffers.image); },
+          team, [&](int64_t i0, int64_t count) { this->convert_block(i0, count, mine.buffers.image); },
           [&](const Tile& t, bool, bool) {
             T* s = kept ? kept + t.kept_at : mine.buffers.tile;
             this->dot_products(t, mine.buffers.image, packed, s);
+            if (paired && kept) s = std::copy_n(s, t.rows * t.stride, mine.buffers.tile) - t.rows * t.stride;
             statistics(t, s, mine.row_sum, mine.row_top, mine.column_sum, mine.column_top, rows, columns);
           });
       finish(team, rows, p.n, row_stat(LSE));
@@ -230,10 +234,13 @@ class Forward : Walk<T> {
   }
 };
 
-template <class T>
-class Backward : Walk<T> {
-  using Walk<T>::p, Walk<T>::tiling, Walk<T>::scale, Walk<T>::bias, Walk<T>::lanes, Walk<T>::minus_infinity;
+template <class Product>
+class Backward : Walk<Product> {
+  using Base = Walk<Product>;
+  using T = typename Product::T;
+  using Operand = typename Product::Operand;
   using V = Vec<T>;
+  using Base::p, Base::tiling, Base::scale, Base::bias, Base::lanes, Base::minus_infinity, Base::paired;
   const InfoNceBackward& call;
   const T *kept, *exponents;
 
@@ -247,33 +254,37 @@ class Backward : Walk<T> {
 
  public:
   explicit Backward(const InfoNceBackward& c)
-      : Walk<T>(c.pairs), call(c), kept(static_cast<const T*>(c.tiles)),
+      : Base(c.pairs), call(c), kept(static_cast<const T*>(c.tiles)),
         exponents(kept ? kept + tiling.kept() : nullptr) {}
 
   int run() {
     if (!this->valid()) return 1;
     if (p.n == 0 || p.m == 0) return nothing();
-    Spread<T> spread(*this, call.d_image, call.d_text, call.gradient_dtype);
+    Spread<Product> spread(*this, call.d_image, call.d_text, call.gradient_dtype);
     int threads = tiling.threads;
     int64_t line = std::max(tiling.rows, tiling.columns);
-    Scratch scratch(Scratch::space(tiling.padded * p.d, sizeof(T)) + 8 * Scratch::space(std::max(p.n, p.m), 8) +
+    Scratch scratch(Scratch::space(this->packed_count(), sizeof(Operand)) + 8 * Scratch::space(std::max(p.n, p.m), 8) +
                     spread.shared_space() +
-                    threads * (this->thread_space() + spread.thread_space() + 2 * Scratch::space(line, sizeof(T))));
-    T* packed = scratch.template take<T>(kept ? 0 : tiling.padded * p.d);
+                    threads * (this->thread_space() + spread.thread_space() + 2 * Scratch::space(line, sizeof(T)) +
+                               Scratch::space(paired ? tiling.rows * tiling.columns : 0, sizeof(T))));
+    Operand* packed = scratch.template take<Operand>(kept ? 0 : this->packed_count());
     Coefficients rows = take_lines(scratch, call.row_stats, p.n);
     Coefficients columns = take_lines(scratch, call.column_stats, p.m);
     spread.take(scratch);
     struct Own {
-      typename Walk<T>::Buffers buffers;
-      T *image_rows, *alpha, *beta;
+      typename Base::Buffers buffers;
+      typename Spread<Product>::Buffers spread;
+      T *alpha, *beta, *dots;
     };
     Own own[most_threads];
+    int64_t dots = paired && call.d_scale ? tiling.rows * tiling.columns : 0;
     double dot[most_threads] = {};
     for (int t = 0; t < threads; ++t) {
       own[t].buffers = this->take(scratch);
-      own[t].image_rows = spread.take_thread(scratch);
+      own[t].spread = spread.take_thread(scratch);
       own[t].alpha = scratch.template take<T>(line);
       own[t].beta = scratch.template take<T>(line);
+      own[t].dots = scratch.template take<T>(dots);
     }
     parallel(threads, [&](const Team& team) {
       Own& mine = own[team.rank];
@@ -285,30 +296,27 @@ class Backward : Walk<T> {
       this->tiles(
           team,
           [&](int64_t i0, int64_t count) {
-            if (!kept) this->widen_block(i0, count, mine.buffers.image);
-            spread.begin_rows(i0, count, mine.image_rows, mine.buffers.row);
+            if (!kept) this->convert_block(i0, count, mine.buffers.image);
+            spread.begin_rows(i0, count, mine.spread, mine.buffers.row);
           },
           [&](const Tile& t, bool first_of_rows, bool first_of_columns) {
             T* g = mine.buffers.tile;
-            if (!kept || exponents[t.index] != exponents[t.index]) {
-              if (kept)
-                std::copy_n(kept + t.kept_at, t.rows * t.stride, g);
-              else
-                this->dot_products(t, mine.buffers.image, packed, g);
+            if (!kept) {
+              this->dot_products(t, mine.buffers.image, packed, g);
+              if (dots) std::copy_n(g, t.rows * t.stride, mine.dots);
+              from_logits(t, g, rows, columns, mine.alpha, mine.beta);
+            } else if (paired || exponents[t.index] != exponents[t.index]) {
+              std::copy_n(kept + t.kept_at, t.rows * t.stride, g);
               from_logits(t, g, rows, columns, mine.alpha, mine.beta);
             } else {
-              factors(t, exponents[t.index], rows, columns, mine.alpha, mine.beta);
-              const T* e = kept + t.kept_at;
-              for (int64_t i = 0; i < t.rows; ++i)
-                for (int64_t j = 0; j < t.stride; j += lanes)
-                  store(g + i * t.stride + j,
-                        V(load(e + i * t.stride + j) * (mine.alpha[i] + load(mine.beta + j))));
+              from_exponentials(t, kept + t.kept_at, g, rows, columns, mine.alpha, mine.beta);
             }
             correct(t, g, rows, columns);
-            spread.add(t, g, mine.image_rows, first_of_rows, first_of_columns);
+            if (dots) dot[team.rank] += dot_product(t, g, kept ? kept + t.kept_at : mine.dots);
+            spread.add(t, g, mine.spread, first_of_rows, first_of_columns);
           });
-      if (call.d_scale) {
-        dot[team.rank] = spread.dot(team, mine.buffers.row);
+      if (call.d_scale && !paired) {
+        dot[team.rank] = spread.dot(team, mine.buffers.numbers);
         team.barrier();
       }
       spread.finish(team);
@@ -371,9 +379,28 @@ class Backward : Walk<T> {
     std::fill(beta + t.width, beta + t.stride, T(0));
   }
 
+  void from_exponentials(const Tile& t, const T* e, T* g, Coefficients rows, Coefficients columns, T* alpha,
+                         T* beta) const {
+    factors(t, exponents[t.index], rows, columns, alpha, beta);
+    for (int64_t i = 0; i < t.rows; ++i)
+      for (int64_t j = 0; j < t.stride; j += lanes)
+        store(g + i * t.stride + j, V(load(e + i * t.stride + j) * (alpha[i] + load(beta + j))));
+  }
+
+  // sum_ij g_ij <a_i, b_j>: with bfloat16 operands the scale's gradient is taken before G is rounded.
+  double dot_product(const Tile& t, const T* g, const T* dots) const {
+    double total = 0;
+    for (int64_t i = 0; i < t.rows; ++i) {
+      V sum{};
+      for (int64_t j = 0; j < t.stride; j += lanes) sum += load(g + i * t.stride + j) * load(dots + i * t.stride + j);
+      total += double(sum_lanes<T>(sum));
+    }
+    return total;
+  }
+
   void from_logits(const Tile& t, T* g, Coefficients rows, Coefficients columns, T* alpha, T* beta) const {
     T factor = scale, shift = bias;
-    bool kept_logits = kept != nullptr;
+    bool kept_logits = kept && !paired;
     if (kept_logits || this->needs_exclusion(t)) {
       if (!kept_logits) {
         this->apply_scale(t, g);
@@ -440,11 +467,11 @@ class Backward : Walk<T> {
 }  // namespace
 
 int info_nce_fwd(const InfoNceForward& call) {
-  return is_double(call.pairs) ? Forward<double>(call).run() : Forward<float>(call).run();
+  return run<Forward>(call);
 }
 
 int info_nce_bwd(const InfoNceBackward& call) {
-  return is_double(call.pairs) ? Backward<double>(call).run() : Backward<float>(call).run();
+  return run<Backward>(call);
 }
 
 }  // namespace vlmfast::VLMFAST_ISA

@@ -67,3 +67,4 @@ VLMFAST_INFO_NCE_KERNELS
 namespace vlmfast::scalar { using namespace cpu; VLMFAST_INFO_NCE_KERNELS }
 namespace vlmfast::avx2 { using namespace cpu; VLMFAST_INFO_NCE_KERNELS }
 namespace vlmfast::avx512 { using namespace cpu; VLMFAST_INFO_NCE_KERNELS }
+namespace vlmfast::avx512bf16 { using namespace cpu; VLMFAST_INFO_NCE_KERNELS }

@@ -26,9 +26,10 @@ constexpr double unreachable = 1e30;
 double softplus(double x) { return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
 double sigmoid(double x) { return x > 0 ? 1 / (1 + std::exp(-x)) : std::exp(x) / (1 + std::exp(x)); }
 
-template <class T>
+template <class Product>
 struct Tiling {
-  static constexpr int64_t NR = Gemm<T>::NR, MR = Gemm<T>::MR;
+  using T = typename Product::T;
+  static constexpr int64_t NR = Gemm<Product>::NR, MR = Gemm<Product>::MR;
   int64_t rows, columns;  // of a block
   int64_t row_blocks, column_blocks, padded;
   int threads;
@@ -72,40 +73,49 @@ struct Range {
   T top, bottom;
 };
 
-template <class T>
+template <class Product>
 struct Walk {
+  using T = typename Product::T;
+  using Operand = typename Product::Operand;
   using V = Vec<T>;
+  static constexpr bool paired = !std::is_same_v<T, Operand>;
   static constexpr int lanes = Simd<T>::lanes;
-  static constexpr int64_t NR = Gemm<T>::NR;
+  static constexpr int64_t NR = Gemm<Product>::NR;
   static constexpr T minus_infinity = -std::numeric_limits<T>::infinity();
 
   const Pairs& p;
-  Tiling<T> tiling;
+  Tiling<Product> tiling;
   T scale, bias;
-  DType working = sizeof(T) == 4 ? DType::float32 : DType::float64;
-  bool widen;  // 16-bit rows are widened block by block, others are read where they are
+  int64_t depth;  // steps of K along a row
+  bool convert;   // rows become operands block by block, or already are and stay where they are
 
   explicit Walk(const Pairs& pairs)
       : p(pairs), tiling(pairs), scale(*static_cast<const T*>(pairs.scale)),
-        bias(pairs.bias ? *static_cast<const T*>(pairs.bias) : T(0)), widen(pairs.dtype != working) {}
+        bias(pairs.bias ? *static_cast<const T*>(pairs.bias) : T(0)), depth(Product::depth(pairs.d)),
+        convert(paired || pairs.dtype != Product::stored) {}
 
   bool valid() const { return scale == scale && bias == bias; }
   bool diagonal() const { return p.labels == nullptr; }
 
-  // Memory that each thread needs to compute a tile, and the text packed once for all.
+  // Memory that each thread needs to compute a tile.
   struct Buffers {
-    T *row, *image, *tile;
+    Operand *row, *image;
+    T *numbers, *tile;
   };
   int64_t thread_space() const {
-    return Scratch::space(round_up(std::max<int64_t>(p.d, 1), NR), sizeof(T)) +
-           Scratch::space(widen ? tiling.rows * p.d : 0, sizeof(T)) +
-           Scratch::space(tiling.rows * tiling.columns, sizeof(T));
+    int64_t wide = round_up(std::max<int64_t>(p.d, 1), NR);
+    return Scratch::space(wide, sizeof(Operand)) + Scratch::space(convert ? tiling.rows * depth : 0, sizeof(Operand)) +
+           Scratch::space(wide, sizeof(T)) + Scratch::space(tiling.rows * tiling.columns, sizeof(T));
   }
   Buffers take(Scratch& scratch) const {
-    T* row = scratch.take<T>(round_up(std::max<int64_t>(p.d, 1), NR));
-    T* image = scratch.take<T>(widen ? tiling.rows * p.d : 0);
-    return {row, image, scratch.take<T>(tiling.rows * tiling.columns)};
+    int64_t wide = round_up(std::max<int64_t>(p.d, 1), NR);
+    Operand* row = scratch.template take<Operand>(wide);
+    Operand* image = scratch.template take<Operand>(convert ? tiling.rows * depth : 0);
+    T* numbers = scratch.template take<T>(wide);
+    return {row, image, numbers, scratch.template take<T>(tiling.rows * tiling.columns)};
   }
+  // The text packed for the logits, shared by all threads.
+  int64_t packed_count() const { return tiling.padded * depth; }
 
   const char* image_row(int64_t i) const {
     return static_cast<const char*>(p.image) + i * p.image_row * bytes_of(p.dtype);
@@ -114,12 +124,12 @@ struct Walk {
     return static_cast<const char*>(p.text) + j * p.text_row * bytes_of(p.dtype);
   }
 
-  // Text as [padded / NR][D][NR]; each thread packs its share of the panels.
-  void pack_text(const Team& team, T* packed, T* row_buffer) const {
+  // Text as [padded / NR][depth][NR]; each thread packs its share of the panels.
+  void pack_text(const Team& team, Operand* packed, Operand* row_buffer) const {
     int64_t panels = tiling.padded / NR;
     for (int64_t panel = panels * team.rank / team.size; panel < panels * (team.rank + 1) / team.size; ++panel)
-      Gemm<T>::pack_transposed(text_row(panel * NR), p.dtype, p.text_row, std::min(NR, p.m - panel * NR), p.d,
-                               packed + panel * NR * p.d, row_buffer);
+      Gemm<Product>::pack_transposed(text_row(panel * NR), p.dtype, p.text_row, std::min(NR, p.m - panel * NR), p.d,
+                                     packed + panel * NR * depth, row_buffer);
   }
 
   // visit(tile, first_of_row_block, first_of_column_block) in the order described above.
@@ -147,16 +157,16 @@ struct Walk {
     }
   }
 
-  void widen_block(int64_t i0, int64_t rows, T* image) const {
-    if (widen)
-      for (int64_t i = 0; i < rows; ++i) widen_row(image_row(i0 + i), p.dtype, p.d, image + i * p.d);
+  void convert_block(int64_t i0, int64_t rows, Operand* image) const {
+    if (convert)
+      for (int64_t i = 0; i < rows; ++i) Product::row(image_row(i0 + i), p.dtype, p.d, image + i * depth);
   }
 
-  void dot_products(const Tile& t, const T* image, const T* packed, T* out) const {
-    const T* rows = widen ? image : reinterpret_cast<const T*>(image_row(t.i0));
-    int64_t row_stride = widen ? p.d : p.image_row;
-    Gemm<T>::run(t.rows, t.width, p.d, rows, row_stride, typename Gemm<T>::template Fixed<1>{}, packed + t.j0 * p.d,
-                 p.d * NR, out, t.stride, false, true);
+  void dot_products(const Tile& t, const Operand* image, const Operand* packed, T* out) const {
+    const Operand* rows = convert ? image : reinterpret_cast<const Operand*>(image_row(t.i0));
+    int64_t row_stride = convert ? depth : p.image_row;
+    Gemm<Product>::run(t.rows, t.width, depth, rows, row_stride, Fixed<1>{}, packed + t.j0 * depth, depth * NR, out,
+                       t.stride, false, true);
   }
 
   bool crosses_diagonal(const Tile& t) const {
@@ -211,58 +221,85 @@ struct Walk {
 };
 
 // Both towers' gradients from tiles of the logits' gradient.
-template <class T>
+template <class Product>
 struct Spread {
-  const Walk<T>& walk;
+  using T = typename Product::T;
+  using Operand = typename Product::Operand;
+  static constexpr bool paired = Walk<Product>::paired;
+  static constexpr int64_t NR = Gemm<Product>::NR;
+
+  const Walk<Product>& walk;
   void *d_image, *d_text;
   DType dtype;
-  T *image_sum, *text_sum, *text_rows;  // working sums; text as [D / NR][M][NR]
-  static constexpr int64_t NR = Gemm<T>::NR;
+  T *image_sum, *text_sum;  // working sums
+  Operand* text_rows;       // [D / NR][depth of M][NR]
+  struct Buffers {
+    Operand *image_rows, *by_row, *by_column;  // image [D / NR][depth of rows][NR]; the tile as pairs both ways
+  };
 
-  Spread(const Walk<T>& w, void* image, void* text, DType gradient_dtype)
+  Spread(const Walk<Product>& w, void* image, void* text, DType gradient_dtype)
       : walk(w), d_image(image), d_text(text), dtype(gradient_dtype) {}
 
-  bool in_place() const { return dtype == walk.working; }
+  bool in_place() const { return dtype == (sizeof(T) == 4 ? DType::float32 : DType::float64); }
   int64_t wide() const { return round_up(walk.p.d, NR); }
+  int64_t text_depth() const { return Product::depth(walk.p.m); }
   int64_t shared_space() const {
     const Pairs& p = walk.p;
-    return Scratch::space(d_image ? p.m * wide() : 0, sizeof(T)) +
+    return Scratch::space(d_image ? text_depth() * wide() : 0, sizeof(Operand)) +
            Scratch::space(d_image && !in_place() ? p.n * p.d : 0, sizeof(T)) +
            Scratch::space(d_text && !in_place() ? p.m * p.d : 0, sizeof(T));
   }
-  int64_t thread_space() const { return Scratch::space(d_text ? walk.tiling.rows * wide() : 0, sizeof(T)); }
+  int64_t image_rows_count() const { return d_text ? Product::depth(walk.tiling.rows) * wide() : 0; }
+  int64_t pairs_count() const {
+    return paired ? Product::depth(walk.tiling.rows) * walk.tiling.columns : 0;
+  }
+  int64_t thread_space() const {
+    return Scratch::space(image_rows_count(), sizeof(Operand)) + 2 * Scratch::space(pairs_count(), sizeof(Operand));
+  }
   void take(Scratch& scratch) {
     const Pairs& p = walk.p;
-    text_rows = scratch.template take<T>(d_image ? p.m * wide() : 0);
+    text_rows = scratch.template take<Operand>(d_image ? text_depth() * wide() : 0);
     image_sum = d_image && !in_place() ? scratch.template take<T>(p.n * p.d) : static_cast<T*>(d_image);
     text_sum = d_text && !in_place() ? scratch.template take<T>(p.m * p.d) : static_cast<T*>(d_text);
   }
-  T* take_thread(Scratch& scratch) const { return scratch.template take<T>(d_text ? walk.tiling.rows * wide() : 0); }
-
-  void pack_text(const Team& team, T* row_buffer) const {
-    const Pairs& p = walk.p;
-    if (!d_image) return;
-    int64_t first = p.m * team.rank / team.size, last = p.m * (team.rank + 1) / team.size;
-    Gemm<T>::pack_rows(walk.text_row(first), p.dtype, p.text_row, last - first, p.d, text_rows + first * NR, p.m * NR,
-                       row_buffer);
+  Buffers take_thread(Scratch& scratch) const {
+    Operand* image_rows = scratch.template take<Operand>(image_rows_count());
+    Operand* by_row = scratch.template take<Operand>(pairs_count());
+    return {image_rows, by_row, scratch.template take<Operand>(pairs_count())};
   }
 
-  void begin_rows(int64_t i0, int64_t rows, T* image_rows, T* row_buffer) const {
+  void pack_text(const Team& team, Operand* row_buffer) const {
+    const Pairs& p = walk.p;
+    if (d_image)
+      Gemm<Product>::pack_rows(p.text, p.dtype, p.text_row, p.m, p.d, text_depth() * team.rank / team.size,
+                               text_depth() * (team.rank + 1) / team.size, text_rows, text_depth() * NR, row_buffer);
+  }
+
+  void begin_rows(int64_t i0, int64_t rows, const Buffers& own, Operand* row_buffer) const {
+    int64_t depth = Product::depth(rows);
     if (d_text)
-      Gemm<T>::pack_rows(walk.image_row(i0), walk.p.dtype, walk.p.image_row, rows, walk.p.d, image_rows, rows * NR,
-                         row_buffer);
+      Gemm<Product>::pack_rows(walk.image_row(i0), walk.p.dtype, walk.p.image_row, rows, walk.p.d, 0, depth,
+                               own.image_rows, depth * NR, row_buffer);
   }
 
   // `g` is the gradient of the logits with zeros in the padding.
-  void add(const Tile& t, const T* g, const T* image_rows, bool first_of_rows, bool first_of_columns) const {
-    typename Gemm<T>::template Fixed<1> one;
-    int64_t d = walk.p.d;
+  void add(const Tile& t, const T* g, const Buffers& own, bool first_of_rows, bool first_of_columns) const {
+    int64_t d = walk.p.d, depth = Product::depth(t.rows), row_stride = t.stride;
+    const Operand *by_row, *by_column;
+    if constexpr (paired) {
+      if (d_image) Product::pair_columns(g, t.rows, t.stride, own.by_row);
+      if (d_text) Product::pair_rows(g, t.rows, t.stride, own.by_column);
+      by_row = own.by_row, by_column = own.by_column, row_stride = t.stride / 2;
+    } else {
+      by_row = by_column = g;
+    }
     if (d_image)
-      Gemm<T>::run(t.rows, d, t.width, g, t.stride, one, text_rows + t.j0 * NR, walk.p.m * NR, image_sum + t.i0 * d, d,
-                   !first_of_rows);
+      Gemm<Product>::run(t.rows, d, Product::depth(t.width), by_row, row_stride, Fixed<1>{},
+                         text_rows + Product::depth(t.j0) * NR, text_depth() * NR, image_sum + t.i0 * d, d,
+                         !first_of_rows);
     if (d_text)
-      Gemm<T>::run(t.width, d, t.rows, g, one, t.stride, image_rows, t.rows * NR, text_sum + t.j0 * d, d,
-                   !first_of_columns);
+      Gemm<Product>::run(t.width, d, depth, by_column, Fixed<1>{}, t.stride, own.image_rows, depth * NR,
+                         text_sum + t.j0 * d, d, !first_of_columns);
   }
 
   // sum_i <image_i, sum_i> before the scale: the gradient of the scale.
@@ -293,7 +330,15 @@ struct Spread {
   }
 };
 
-inline bool is_double(const Pairs& pairs) { return pairs.dtype == DType::float64; }
+// Runs a kernel class on the product that suits the inputs.
+template <template <class> class Kernel, class Call>
+int run(const Call& call) {
+  if (call.pairs.dtype == DType::float64) return Kernel<Plain<double>>(call).run();
+#ifdef __AVX512BF16__
+  if (call.pairs.dtype == DType::bfloat16) return Kernel<Bfloat16Pairs>(call).run();
+#endif
+  return Kernel<Plain<float>>(call).run();
+}
 
 }  // namespace
 }  // namespace vlmfast::VLMFAST_ISA

@@ -5,37 +5,40 @@
 namespace vlmfast::VLMFAST_ISA {
 namespace {
 
-template <class T>
-class Sigmoid : Walk<T> {
-  using Walk<T>::p, Walk<T>::tiling, Walk<T>::scale, Walk<T>::bias, Walk<T>::lanes;
+template <class Product>
+class Sigmoid : Walk<Product> {
+  using Base = Walk<Product>;
+  using T = typename Product::T;
+  using Operand = typename Product::Operand;
   using V = Vec<T>;
+  using Base::p, Base::tiling, Base::scale, Base::bias, Base::lanes;
   const SigLip& call;
 
  public:
-  explicit Sigmoid(const SigLip& c) : Walk<T>(c.pairs), call(c) {}
+  explicit Sigmoid(const SigLip& c) : Base(c.pairs), call(c) {}
 
   int run() {
     if (!this->valid()) return 1;
     bool gradients = call.d_image || call.d_text || call.d_scale;
     T* row_loss = static_cast<T*>(call.row_loss);
     std::fill_n(row_loss, p.n, T(0));
-    Spread<T> spread(*this, call.d_image, call.d_text, call.gradient_dtype);
+    Spread<Product> spread(*this, call.d_image, call.d_text, call.gradient_dtype);
     int threads = tiling.threads;
-    Scratch scratch(Scratch::space(tiling.padded * p.d, sizeof(T)) + Scratch::space(p.n, 8) + spread.shared_space() +
+    Scratch scratch(Scratch::space(this->packed_count(), sizeof(Operand)) + Scratch::space(p.n, 8) + spread.shared_space() +
                     threads * (this->thread_space() + spread.thread_space()));
-    T* packed = scratch.template take<T>(tiling.padded * p.d);
+    Operand* packed = scratch.template take<Operand>(this->packed_count());
     double* loss = scratch.template take<double>(p.n);
     std::fill_n(loss, p.n, 0.0);
     spread.take(scratch);
     struct Own {
-      typename Walk<T>::Buffers buffers;
-      T* image_rows;
+      typename Base::Buffers buffers;
+      typename Spread<Product>::Buffers spread;
       double d_scale, d_bias;
     };
     Own own[most_threads];
     for (int t = 0; t < threads; ++t) {
       own[t].buffers = this->take(scratch);
-      own[t].image_rows = spread.take_thread(scratch);
+      own[t].spread = spread.take_thread(scratch);
       own[t].d_scale = own[t].d_bias = 0;
     }
     if (p.n == 0 || p.m == 0) {
@@ -51,14 +54,14 @@ class Sigmoid : Walk<T> {
         this->tiles(
             team,
             [&](int64_t i0, int64_t count) {
-              this->widen_block(i0, count, mine.buffers.image);
-              spread.begin_rows(i0, count, mine.image_rows, mine.buffers.row);
+              this->convert_block(i0, count, mine.buffers.image);
+              spread.begin_rows(i0, count, mine.spread, mine.buffers.row);
             },
             [&](const Tile& t, bool first_of_rows, bool first_of_columns) {
               T* s = mine.buffers.tile;
               this->dot_products(t, mine.buffers.image, packed, s);
               epilogue(t, s, loss, gradients, mine.d_scale, mine.d_bias);
-              if (gradients) spread.add(t, s, mine.image_rows, first_of_rows, first_of_columns);
+              if (gradients) spread.add(t, s, mine.spread, first_of_rows, first_of_columns);
             });
         if (gradients) spread.finish(team);
       });
@@ -137,8 +140,6 @@ class Sigmoid : Walk<T> {
 
 }  // namespace
 
-int siglip(const SigLip& call) {
-  return is_double(call.pairs) ? Sigmoid<double>(call).run() : Sigmoid<float>(call).run();
-}
+int siglip(const SigLip& call) { return run<Sigmoid>(call); }
 
 }  // namespace vlmfast::VLMFAST_ISA

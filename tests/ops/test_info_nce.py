@@ -462,7 +462,7 @@ print(vlmfast._native.build_info()["isa"], loss.item(), image.grad.norm().item()
 
 def test_instruction_sets_agree():
     results = {}
-    for isa in ("scalar", "avx2", "avx512"):
+    for isa in ("scalar", "avx2", "avx512", "avx512bf16"):
         done = subprocess.run([sys.executable, "-c", ISA_SCRIPT], capture_output=True, text=True,
                               env={**os.environ, "VLMFAST_ISA": isa}, check=False)
         if done.returncode and "the widest available here" in done.stderr:
@@ -479,4 +479,4 @@ def test_instruction_sets_agree():
 def test_an_unknown_instruction_set_is_named():
     done = subprocess.run([sys.executable, "-c", ISA_SCRIPT], capture_output=True, text=True,
                           env={**os.environ, "VLMFAST_ISA": "avx9000"}, check=False)
-    assert done.returncode != 0 and "VLMFAST_ISA is 'avx9000', it must be scalar, avx2 or avx512" in done.stderr
+    assert done.returncode != 0 and "VLMFAST_ISA is 'avx9000', it must be scalar, avx2, avx512 or avx512bf16" in done.stderr

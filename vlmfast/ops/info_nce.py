@@ -469,8 +469,9 @@ def _info_nce_fwd(image, text, logit_scale, logit_bias, labels, text_labels, mas
     name = dispatch.choose("info_nce", image)
     dtype = logit_scale.dtype
     if name != "native":
-        row_stats, column_stats = dispatch.module("info_nce", name).forward(
-            image, text, logit_scale, logit_bias, labels, text_labels, mask, offset, full)
+        with torch.autocast(image.device.type, enabled=False):
+            row_stats, column_stats = dispatch.module("info_nce", name).forward(
+                image, text, logit_scale, logit_bias, labels, text_labels, mask, offset, full)
         options = _Options(direction, "mean", smoothing, full, "recompute")
         loss = reduce_lines(row_stats, column_stats, labels is None, options) if direction else row_stats.new_empty(())
         return loss, row_stats, column_stats, row_stats.new_empty(0)
@@ -501,10 +502,13 @@ def _info_nce_fwd_fake(image, text, logit_scale, logit_bias, labels, text_labels
 def _info_nce_bwd(image, text, logit_scale, logit_bias, labels, text_labels, mask, offset, row_stats, column_stats,
                   tiles, row_weight, column_weight, smoothing, need_image, need_text, need_scale, wide):
     name = dispatch.choose("info_nce", image) if not tiles.numel() else "native"
+    # the kernels read weights in the working dtype
+    row_weight, column_weight = (w if w is None else w.to(logit_scale.dtype) for w in (row_weight, column_weight))
     if name != "native":
-        gradients = dispatch.module("info_nce", name).backward(
-            image, text, logit_scale, logit_bias, labels, text_labels, mask, offset, row_stats, column_stats,
-            row_weight, column_weight, smoothing, need_image, need_text, need_scale, wide)
+        with torch.autocast(image.device.type, enabled=False):
+            gradients = dispatch.module("info_nce", name).backward(
+                image, text, logit_scale, logit_bias, labels, text_labels, mask, offset, row_stats, column_stats,
+                row_weight, column_weight, smoothing, need_image, need_text, need_scale, wide)
         return tuple(logit_scale.new_empty(0) if g is None else g for g in gradients)
     out = logit_scale.dtype if wide else image.dtype
     kept = tiles.numel() > 0
@@ -536,9 +540,11 @@ def _step(weight: Tensor | None) -> int:
 
 def _siglip(image, text, logit_scale, logit_bias, offset, row_weight, need_image, need_text, need_scale, wide):
     name = dispatch.choose("info_nce", image)
+    row_weight = row_weight.to(logit_scale.dtype)
     if name != "native":
-        results = dispatch.module("info_nce", name).siglip(image, text, logit_scale, logit_bias, offset, row_weight,
-                                                          need_image, need_text, need_scale, wide)
+        with torch.autocast(image.device.type, enabled=False):
+            results = dispatch.module("info_nce", name).siglip(image, text, logit_scale, logit_bias, offset, row_weight,
+                                                               need_image, need_text, need_scale, wide)
         return tuple(results[0].new_empty(0) if x is None else x for x in results)
     dtype = logit_scale.dtype
     out = dtype if wide else image.dtype

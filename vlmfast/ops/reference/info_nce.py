@@ -4,10 +4,10 @@ r"""Definitions of the `info_nce` family in plain PyTorch.
 against them in float64. `forward`, `backward` and `siglip` are the primitives that a
 backend provides; here they are the plain formulae, used on devices that have no kernel.
 
-Line statistics (a "line" is a row or a column of the logits) are float32, or float64 for float64 inputs, of shape
-[STATS, lines] in the order of the constants below. With `diagonal` targets the positive of row i is column
-i + offset; it is left out of the log-sum-exp, so that the loss softplus(lse - positive) and the probability gap
-sigmoid(lse - positive) keep their relative precision when training has converged.
+Line statistics (a "line" is a row or a column of the logits) have shape [STATS, lines] in the order of the constants
+below; here they have the logits' dtype, the native backend gives float64. With diagonal targets the positive of row i
+is column i + offset; it is left out of the log-sum-exp, so that the loss softplus(lse - positive) and the probability
+gap sigmoid(lse - positive) keep their relative precision when training has converged.
 """
 
 import torch
@@ -128,7 +128,8 @@ def _line_gradient(logits, positive, allowed, stats, weight, diagonal: bool, smo
         gradient = probability - smoothing * (target + 1.0 / count)
     else:
         positives = stats[POSITIVES][:, None]
-        target = (1 - smoothing) * positive / positives.clamp(min=1) + smoothing / stats[COUNT][:, None].clamp(min=1)
+        target = (1 - smoothing) * positive.to(logits.dtype) / positives.clamp(min=1)
+        target = target + smoothing / stats[COUNT][:, None].clamp(min=1)
         gradient = torch.where(positives > 0, (logits - lse).exp() - target, 0.0)
     return torch.where(allowed, weight.expand(len(logits))[:, None] * gradient, 0.0)
 

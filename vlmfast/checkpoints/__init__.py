@@ -1,0 +1,7 @@
+"""Read public CLIP checkpoints into vlmfast models and write them back."""
+
+from .files import UnsafePickleError
+from .loading import detect_format, load
+from .saving import save_pretrained
+
+__all__ = ["UnsafePickleError", "detect_format", "load", "save_pretrained"]

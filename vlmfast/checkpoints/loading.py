@@ -1,0 +1,229 @@
+"""`load`: any known checkpoint format to a model."""
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..models.clip import CLIP, CLIPConfig
+from . import huggingface, open_clip, openai
+from .files import is_zip, open_zip, read_json
+
+_FORMATS = {"openai": openai, "open_clip": open_clip, "huggingface": huggingface}
+_BPE_NAME = "bpe_simple_vocab_16e6.txt.gz"
+
+
+def detect_format(path: str | Path) -> str:
+    """Which reader a file or folder needs: "openai", "open_clip" or "huggingface". Runs nothing in it.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: nothing this package reads; the message says what was looked for.
+    """
+    path = Path(path)
+    if path.is_dir():
+        names = {file.name for file in path.iterdir()}
+        if "config.json" in names and names & set(huggingface.WEIGHT_NAMES):
+            return "huggingface"
+        if names & {open_clip.CONFIG_NAME, *open_clip.WEIGHT_NAMES}:
+            return "open_clip"
+        raise ValueError(
+            f"{path}: no checkpoint; must hold config.json and {huggingface.WEIGHT_NAMES[0]}, "
+            f"or {open_clip.CONFIG_NAME} and {open_clip.WEIGHT_NAMES[0]}"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if path.name in huggingface.WEIGHT_NAMES and (path.parent / "config.json").is_file():
+        return "huggingface"
+    if path.suffix == ".safetensors":
+        return "open_clip"
+    if is_zip(path):
+        with open_zip(path) as archive:
+            leaves = {name.partition("/")[2] for name in archive.namelist()}
+        if "data.pkl" not in leaves:
+            raise ValueError(f"{path}: a zip archive without data.pkl, not a checkpoint")
+        scripted = "constants.pkl" in leaves or any(leaf.startswith("code/") for leaf in leaves)
+        return "openai" if scripted else "open_clip"
+    with open(path, "rb") as file:
+        if file.read(1) == b"\x80":  # torch.save before 1.6 wrote plain pickles
+            return "open_clip"
+    raise ValueError(f"{path}: neither a zip archive nor safetensors nor a pickle, not a checkpoint")
+
+
+def load(
+    path: str | Path,
+    format: str | None = None,
+    *,
+    strict: bool = True,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    image_size: int | None = None,
+    quick_gelu: bool | None = None,
+) -> CLIP:
+    """A model in evaluation mode from a public or own checkpoint. No code in the file is executed.
+
+    Args:
+        path: OpenAI TorchScript `.pt`; open_clip `.pt`, `.bin`, `.safetensors` or folder; Hugging Face folder.
+        format: "openai", "open_clip", "huggingface", or None to detect it. "vlmfast" is a folder written by
+            `save_pretrained`, in either layout.
+        strict: raise on missing and unknown keys. False warns instead; missing tensors keep their initial values.
+        device: where the model goes.
+        dtype: of all parameters. None keeps the stored one, or float32 where several are mixed (OpenAI's files).
+        image_size: pixels; another one than stored resizes the position grid (bicubic, antialiased).
+        quick_gelu: overrides the activation. Needed for bare open_clip state dicts of GELU models, which do not
+            store it: they default to QuickGELU, with a warning.
+
+    Returns:
+        The model; `model.preprocess` is its ImagePreprocess, `model.tokenizer` a CLIPTokenizer when vocabulary files
+        lie beside the checkpoint, else None.
+
+    Raises:
+        FileNotFoundError: no such file, or one that belongs to the checkpoint is absent.
+        UnsafePickleError: a pickle that asks for more than tensors (a ValueError).
+        ValueError: unknown format, damaged file, missing or unknown keys, shapes that do not fit the config.
+    """
+    path = Path(path)
+    if format in (None, "vlmfast") or not path.exists():
+        format = detect_format(path)
+    if format not in _FORMATS:
+        raise ValueError(f"load: format is {format!r}, must be one of {', '.join(_FORMATS)}, vlmfast")
+    source = _FORMATS[format]
+    try:
+        values, state = source.read(path)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: a setting has the wrong type ({error})") from error
+    if quick_gelu is not None:
+        values["quick_gelu"] = quick_gelu
+    elif "quick_gelu" not in values:
+        open_clip.warn_unknown_activation(path)
+    if image_size is not None:
+        values["image_size"] = image_size
+    folder = path if path.is_dir() else path.parent
+    preprocess = _preprocess(source, folder, values["image_size"])
+    values["image_mean"], values["image_std"] = preprocess.mean, preprocess.std
+    if "logit_bias" in state and values.get("init_logit_bias") is None:
+        values["init_logit_bias"] = 0.0
+    config = CLIPConfig.from_dict(values)
+
+    blocks = config.text_layers + (sum(config.vision_layers) if config.resnet else config.vision_layers)
+    if blocks > len(state):
+        raise ValueError(f"{path}: the config has {blocks} blocks, the file only {len(state)} tensors")
+    try:
+        model = CLIP(config, device="meta")
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(f"{path}: sizes in the config are absurd ({error})") from error
+    target = model.state_dict()
+    state, missing = _translate(source, config, state, target, path, strict)
+    if image_size is not None:
+        _resize_positions(state, config)
+    _check_shapes(state, target, path)
+    if missing:
+        model = CLIP(config)
+    dtype = dtype or _common_dtype(state)
+    for key in list(state):  # copies, one at a time: a mapped file may change or vanish under the model
+        kind = dtype if state[key].is_floating_point() else None
+        state[key] = state[key].to(device=device, dtype=kind, copy=True).contiguous()
+    model.load_state_dict(state, strict=not missing, assign=True)
+    model = model.to(device=device, dtype=dtype).eval() if missing else model.eval()
+    model.preprocess = preprocess
+    model.tokenizer = _tokenizer(folder, config)
+    return model
+
+
+def _preprocess(source, folder: Path, image_size: int):
+    """The stored ImagePreprocess, or CLIP's own where none is stored, at the model's image size."""
+    from ..data.images import ImagePreprocess
+
+    names = {huggingface: huggingface.PREPROCESSOR_NAME, open_clip: open_clip.CONFIG_NAME}
+    file = folder / names.get(source, "")
+    preprocess = ImagePreprocess(image_size)
+    if file.is_file():
+        try:
+            preprocess = ImagePreprocess.from_config(read_json(file), image_size)
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"{file}: wrong preprocessing settings ({error})") from error
+    if preprocess.image_size != image_size:
+        preprocess = replace(preprocess, image_size=image_size, resize_size=None)
+    return preprocess
+
+
+def _tokenizer(folder: Path, config: CLIPConfig):
+    """The CLIPTokenizer whose vocabulary lies in `folder`, or None."""
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file() or (folder / "tokenizer.json").is_file():
+        vocabulary = folder
+    elif (folder / _BPE_NAME).is_file():
+        vocabulary = folder / _BPE_NAME
+    else:
+        return None
+    from ..data.tokenizer import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_file(vocabulary, context_length=config.context_length)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{vocabulary}: has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}")
+    return tokenizer
+
+
+def _translate(source, config, state, target, path, strict) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors under our keys, and our keys that got none."""
+    try:
+        keys = source.key_map(config, target)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    translated, absent, missing = {}, [], []
+    for key, names in keys.items():
+        lost = [name for name in names if name not in state]
+        if lost and key.endswith("num_batches_tracked"):  # a counter that older files lack and inference ignores
+            translated[key] = torch.zeros((), dtype=torch.int64)
+        elif lost:
+            absent += lost
+            missing.append(key)
+        else:
+            parts = [state[name] for name in names]
+            translated[key] = torch.cat(parts) if len(parts) > 1 else parts[0]
+            if source is huggingface and huggingface.transposed(key) and translated[key].ndim == 2:
+                translated[key] = translated[key].T
+    used = {name for names in keys.values() for name in names}
+    unknown = sorted(name for name in state if name not in used and not source.DROPPED.fullmatch(name))
+    problems = [f"{kind} keys: {_names(found)}" for kind, found in (("missing", absent), ("unknown", unknown)) if found]
+    if problems and strict:
+        raise ValueError(f"{path}: {'; '.join(problems)}")
+    if problems:
+        warnings.warn(f"{path}: {'; '.join(problems)}", stacklevel=3)
+    return translated, missing
+
+
+def _names(names: list[str], limit: int = 50) -> str:
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _check_shapes(state: dict[str, Tensor], target: dict[str, Tensor], path: Path) -> None:
+    wrong = [
+        f"{key} is {value.dtype} {list(value.shape)}, must be {target[key].dtype} {list(target[key].shape)}"
+        for key, value in state.items()
+        if value.shape != target[key].shape or value.is_floating_point() != target[key].is_floating_point()
+    ]
+    if wrong:
+        raise ValueError(f"{path}: {_names(wrong)}")
+
+
+def _resize_positions(state: dict[str, Tensor], config: CLIPConfig) -> None:
+    """Interpolate the image tower's position grid [1 + g*g, W] to the config's; the class position stays."""
+    key = "visual.attnpool.positional_embedding" if config.resnet else "visual.positional_embedding"
+    table = state.get(key)
+    if table is None or table.ndim != 2 or len(table) == config.grid**2 + 1:
+        return
+    side = round((len(table) - 1) ** 0.5)
+    if side**2 + 1 != len(table):
+        raise ValueError(f"load: {key} has {len(table)} rows, must be 1 + a square")
+    cells = table[1:].float().T.reshape(1, -1, side, side)
+    cells = F.interpolate(cells, size=(config.grid, config.grid), mode="bicubic", antialias=True, align_corners=False)
+    state[key] = torch.cat([table[:1], cells.flatten(2)[0].T.to(table.dtype)])
+
+
+def _common_dtype(state: dict[str, Tensor]) -> torch.dtype:
+    found = {value.dtype for value in state.values() if value.is_floating_point()}
+    return found.pop() if len(found) == 1 else torch.float32
