@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 import vlmfast._native
 
 ROOT = Path(__file__).resolve().parents[1]
