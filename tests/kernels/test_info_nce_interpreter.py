@@ -89,10 +89,10 @@ def assert_statistics(case, full):
                                        what=f"{side} statistic {plane}")
 
 
-def assert_gradients(ours, truths, sames, names=("d_image", "d_text", "d_scale")):
-    for name, our, truth, same in zip(names, ours, truths, sames, strict=True):
-        assert_no_worse_than_torch(our, truth, same, factor=3.0, what=name)
-        if truth.ndim == 2:
+def assert_gradients(ours, truths, sames, names=("d_image", "d_text", "d_scale"), size=None):
+    for name, our, truth, same in zip(names[:len(ours)], ours, truths, sames, strict=True):
+        assert_no_worse_than_torch(our, truth, same, factor=3.0, size=size, what=name)
+        if truth.ndim == 2 and size is None:
             assert_grad_not_dropped(our, truth, what=name)
 
 
@@ -210,7 +210,9 @@ def test_extreme_logits_neither_overflow_nor_vanish(kind):
         case.image = case.image * torch.logspace(-3, 1, 65)[:, None]
         case.text = case.text * torch.logspace(1, -3, 70)[:, None]
     assert_statistics(case, False)
-    assert_gradients(case.gradients(), case.gradients(reference, torch.float64), case.gradients(reference))
+    # where all features are equal, every gradient is a sum that cancels
+    size = 100 * case.row_weight.abs().sum().item() if kind in ("collapsed", "opposite") else None
+    assert_gradients(case.gradients(), case.gradients(reference, torch.float64), case.gradients(reference), size=size)
 
 
 @pytest.mark.parametrize("mode", ["mask", "labels-mask-smoothing"])
