@@ -115,8 +115,8 @@ class Forward : Walk<Product> {
       lse[i] = lines.top[i] + std::log(lines.sum[i]);
   }
 
-  // Everything except the log-sum-exp, before exclusion; `s` holds logits.
-  void other_statistics(const Tile& t, const T* s) const {
+  // Everything except the log-sum-exp, before exclusion; `s` holds logits, the two buffers a line each.
+  void other_statistics(const Tile& t, const T* s, T* sums, T* bests) const {
     if (!call.full) {
       if (this->crosses_diagonal(t))
         for (int64_t i = this->first_diagonal(t); i < this->last_diagonal(t); ++i) {
@@ -125,6 +125,7 @@ class Forward : Walk<Product> {
         }
       return;
     }
+    if (this->diagonal() && !p.mask) return diagonal_statistics(t, s, sums, bests);
     double *column_positive = column_stat(POSITIVE) + t.j0, *column_positives = column_stat(POSITIVES) + t.j0;
     double *column_best = column_stat(BEST) + t.j0, *column_total = column_stat(SUM) + t.j0;
     double* column_count = column_stat(COUNT) + t.j0;
@@ -147,13 +148,47 @@ class Forward : Walk<Product> {
     }
   }
 
+  // The same where every pair counts and a row has one positive at most: whole vectors, one column of each left out.
+  void diagonal_statistics(const Tile& t, const T* s, T* sums, T* bests) const {
+    std::fill_n(sums, t.width, T(0));
+    std::fill_n(bests, t.width, minus_infinity);
+    for (int64_t i = 0; i < t.rows; ++i) {
+      const T* row = s + i * t.stride;
+      int64_t at = t.i0 + i, positive = this->diagonal_column(t, i), whole = t.width / lanes * lanes;
+      V total{}, top = broadcast(minus_infinity);
+      for (int64_t j = 0; j < whole; j += lanes) {
+        V x = load(row + j), other = x;
+        if (positive >= j && positive < j + lanes) other[positive - j] = minus_infinity;
+        total += x;
+        top = larger(top, other);
+        store(sums + j, V(load(sums + j) + x));
+        store(bests + j, larger(load(bests + j), other));
+      }
+      double sum = double(sum_lanes<T>(total)), best = double(max_lanes<T>(top));
+      for (int64_t j = whole; j < t.width; ++j) {
+        sum += double(row[j]), sums[j] += row[j];
+        if (j == positive) continue;
+        best = std::max(best, double(row[j])), bests[j] = std::max(bests[j], row[j]);
+      }
+      row_stat(SUM)[at] += sum, row_stat(COUNT)[at] += double(t.width);
+      row_stat(BEST)[at] = std::max(row_stat(BEST)[at], best);
+      if (positive < 0 || positive >= t.width) continue;
+      row_stat(POSITIVE)[at] = column_stat(POSITIVE)[t.j0 + positive] = double(row[positive]);
+      row_stat(POSITIVES)[at] = column_stat(POSITIVES)[t.j0 + positive] = 1;
+    }
+    for (int64_t j = 0; j < t.width; ++j) {
+      column_stat(SUM)[t.j0 + j] += double(sums[j]), column_stat(COUNT)[t.j0 + j] += double(t.rows);
+      column_stat(BEST)[t.j0 + j] = std::max(column_stat(BEST)[t.j0 + j], double(bests[j]));
+    }
+  }
+
   void statistics(const Tile& t, T* s, T* row_sum, T* row_top, T* column_sum, T* column_top, Lines rows,
                   Lines columns) const {
     T factor = scale, shift = bias;
     if (call.full || this->needs_exclusion(t)) {
       this->apply_scale(t, s);
       factor = 1, shift = 0;
-      other_statistics(t, s);
+      other_statistics(t, s, column_sum, column_top);
       this->exclude(t, s);
     }
     Range<T> range = this->range(t, s, factor, shift);

@@ -21,6 +21,14 @@ class UnsafePickleError(ValueError):
     """A pickle asks for something other than tensors and plain containers; it was not executed."""
 
 
+def find_weights(folder: Path, names: tuple[str, ...]) -> Path:
+    """The first of `names` that lies in the folder."""
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"{folder}: no weights, must hold one of {', '.join(names)}")
+
+
 def read_json(path: Path) -> dict:
     """The object in a JSON file; ValueError names the file when it is something else."""
     try:

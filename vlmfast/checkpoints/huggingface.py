@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..models.clip import CLIPConfig
-from .files import read_json, read_tensors
+from .files import find_weights, read_json, read_tensors
 
 DROPPED = re.compile(r"(text_model|vision_model)\.embeddings\.position_ids")
 CONFIG_NAME, PREPROCESSOR_NAME = "config.json", "preprocessor_config.json"
@@ -19,13 +19,6 @@ _ACTIVATIONS = {"quick_gelu": True, "gelu": False}
 _LEGACY_EOS = 2  # files older than transformers 4.31 say 2; the text feature then sits at the largest token id
 
 
-def find_weights(folder: Path) -> Path:
-    for name in WEIGHT_NAMES:
-        if (folder / name).is_file():
-            return folder / name
-    raise FileNotFoundError(f"{folder}: no weights, must hold one of {', '.join(WEIGHT_NAMES)}")
-
-
 def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """(config fields, tensors under Hugging Face keys) of a folder, or of a weights file inside one."""
     folder = path if path.is_dir() else path.parent
@@ -33,7 +26,7 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     if not config_file.is_file():
         raise FileNotFoundError(f"{folder}: no config.json beside the weights")
     values = config_fields(read_json(config_file), config_file)
-    weights = find_weights(folder) if path.is_dir() else path
+    weights = find_weights(folder, WEIGHT_NAMES) if path.is_dir() else path
     return values, _read_shards(weights) if weights.suffix == ".json" else read_tensors(weights)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..models.clip import CLIPConfig
 from . import openai
-from .files import read_json, read_tensors
+from .files import find_weights, read_json, read_tensors
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHT_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
@@ -34,16 +34,9 @@ _IGNORED = {"patch_dropout", "output_tokens", "hf_tokenizer_name", "tokenizer_kw
 _DEFAULTS = {"pos_embed_type": "learnable", "pool_type": "tok", "proj_type": "linear", "block_type": "default"}
 
 
-def find_weights(folder: Path) -> Path:
-    for name in WEIGHT_NAMES:
-        if (folder / name).is_file():
-            return folder / name
-    raise FileNotFoundError(f"{folder}: no weights, must hold one of {', '.join(WEIGHT_NAMES)}")
-
-
 def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """(config fields, tensors). Warns when nothing says which activation a bare state dict was trained with."""
-    weights = find_weights(path) if path.is_dir() else path
+    weights = find_weights(path, WEIGHT_NAMES) if path.is_dir() else path
     state = rename(read_tensors(weights))
     config_file = weights.parent / CONFIG_NAME
     if config_file.is_file():
