@@ -12,8 +12,9 @@ from .reference.info_nce import BEST, COUNT, LSE, POSITIVE, POSITIVES, STATS_FUL
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _DIRECTIONS = {"both": 3, "image_to_text": 1, "text_to_image": 2}
-# memory="auto" keeps the exponentiated logits for the backward up to this many bytes
-CACHE_BUDGET = 256 << 20
+# memory="auto" keeps the logits for the backward up to this many bytes (N = 4096): beyond, the system's work for fresh
+# pages costs as much as computing the logits again
+CACHE_BUDGET = 64 << 20
 
 
 def info_nce(image: Tensor, text: Tensor, logit_scale, *, logit_bias=None, labels: Tensor | None = None,
