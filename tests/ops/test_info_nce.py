@@ -11,6 +11,7 @@ from tolerance import assert_grad_not_dropped, assert_no_worse_than_torch
 
 import vlmfast
 from vlmfast.ops import cached_loss, info_nce, siglip_loss
+from vlmfast.ops.info_nce import line_statistics
 from vlmfast.ops.reference import info_nce as reference
 
 LOSSES = {"info_nce": (info_nce, reference.info_nce), "siglip_loss": (siglip_loss, reference.siglip_loss)}
@@ -321,6 +322,24 @@ def test_saved_memory_is_linear_in_recompute_mode():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         info_nce(image, text, 14.3, memory="recompute")
     assert sum(sizes.values()) <= 4 * 2 * n * d + 8 * 4 * n + 64
+
+
+# labels need the full statistics
+@pytest.mark.parametrize("name, full", [("plain", False), ("plain", True), ("mask", False), ("mask", True),
+                                        ("labels", True), ("mask-labels-smoothing", True)])
+def test_line_statistics_match_the_primitive(name, full):
+    # a strip of a larger batch: most columns have their positive elsewhere, some rows have none
+    options = options_for(220, name)
+    image, text, scale = unit_rows(40, 9), unit_rows(220, 9), torch.tensor(7.0)
+    image[3:9] = text[103:109]
+    labels, mask = options.get("labels"), options.get("mask")
+    arguments = (None if labels is None else labels[:40], labels, None if mask is None else mask[:40], 100, full)
+    ours = line_statistics(image, text, scale, None, *arguments)
+    truth = reference.forward(image.double(), text.double(), scale.double(), None, *arguments)
+    for mine, true in zip(ours, truth, strict=True):
+        assert mine.shape == true.shape
+        assert torch.equal(mine.isinf(), true.isinf())
+        assert (mine - true)[~true.isinf()].abs().max() < 2e-5
 
 
 def test_statistics():
