@@ -41,15 +41,15 @@ import vlmfast.kernels, vlmfast.data
 image, text = torch.randn(9, 4, requires_grad=True), torch.randn(9, 4)
 info_nce(image, text, 1.0).backward()
 assert image.grad.abs().sum() > 0
-images, captions = vlmfast.data.load_emoji()[:2]
-assert len(images) == len(captions) > 3000
+pairs = vlmfast.data.load_emoji()
+assert len(pairs.images) == len(pairs.captions) > 3000
 print("smoke", vlmfast.__version__)
 """
 
 
-def python(executable, script, **kwargs):
+def python(executable, script, *flags, **kwargs):
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
-    return subprocess.run([str(executable), "-c", script], capture_output=True, text=True, check=False,
+    return subprocess.run([str(executable), *flags, "-c", script], capture_output=True, text=True, check=False,
                           env=environment, **kwargs)
 
 
@@ -80,7 +80,8 @@ def test_the_native_module_needs_no_torch_library():
 def test_an_unbuilt_source_tree_says_so(tmp_path):
     shutil.copytree(ROOT / "vlmfast", tmp_path / "vlmfast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     (tmp_path / "csrc").mkdir()
-    done = python(sys.executable, "import sys; sys.path.insert(0, '.'); import vlmfast", cwd=tmp_path)
+    # without site-packages, where an editable installation would still find the module
+    done = python(sys.executable, "import sys; sys.path.insert(0, '.'); import vlmfast", "-S", cwd=tmp_path)
     assert done.returncode != 0 and "imported from its source tree, which is not built" in done.stderr
 
 
