@@ -1,4 +1,4 @@
-"""Tokenizer, image preprocessing and image-text data sets. Names load on first use, so this import stays light."""
+"""Tokenizer, image preprocessing, image-text data sets and region features. Names load on first use: a light import."""
 
 from importlib import import_module
 
@@ -23,7 +23,26 @@ _HOME = {
     "WebDatasetPairs": "webdataset",
     "PairLoader": "loader",
     "PairsReport": "report",
+    "RegionFeatures": "regions",
+    "Regions": "regions",
+    "RegionBatch": "region_batches",
+    "RegionsReport": "regions",
+    "collate_regions": "region_batches",
+    "encode_regions": "region_batches",
+    "make_regions": "regions",
+    "write_regions": "regions",
+    "lxmert_boxes": "region_boxes",
+    "vilbert_boxes": "region_boxes",
+    "uniter_boxes": "region_boxes",
+    "oscar_boxes": "region_boxes",
+    "vl_bert_boxes": "region_boxes",
+    "vd_bert_boxes": "region_boxes",
+    "vilbert_global_region": "region_boxes",
+    "vl_bert_global_region": "region_boxes",
+    "uniter_region_count": "region_boxes",
 }
+
+_MODULES = {*_HOME.values(), "bpe", "captions", "preprocess_config", "region_arrays", "region_formats", "region_tsv"}
 
 __all__ = sorted(_HOME)
 
@@ -31,7 +50,7 @@ __all__ = sorted(_HOME)
 def __getattr__(name: str):
     if name in _HOME:
         return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    if name in set(_HOME.values()) | {"bpe", "captions", "preprocess_config"}:
+    if name in _MODULES:
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
