@@ -1,13 +1,21 @@
 // vlmfast._native: kernels by address. Callers pass valid memory and sizes; the checks are in vlmfast/ops.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
+
+#include "cpu/attention.h"
 #include "cpu/dispatch.h"
 #include "cpu/info_nce.h"
 #include "cpu/parallel.h"
 
 namespace py = pybind11;
 using namespace vlmfast;
+using vlmfast::cpu::Attention;
 using vlmfast::cpu::Pairs;
+using vlmfast::cpu::Plane;
+using vlmfast::cpu::Stream;
 
 namespace {
 
@@ -47,6 +55,62 @@ int siglip(const Pairs& p, Address row_weight, int64_t row_weight_stride, Addres
                       at<void>(d_text), DType(gradient_dtype), at<void>(d_scale), at<void>(d_bias)});
 }
 
+// One direction of attention: sizes and streams here, each option through a method of its own.
+Attention attention(int dtype, int64_t sequences, int64_t heads, int64_t sq, int64_t sk, int64_t d, int64_t dv,
+                    int64_t batch_q, int64_t batch_k, int64_t length_q, int64_t length_k, const Stream& query,
+                    const Stream& key, const Stream& value, double scale, bool causal, uint32_t direction) {
+  Attention call;
+  call.dtype = DType(dtype), call.sequences = sequences, call.heads = heads;
+  call.sq = sq, call.sk = sk, call.d = d, call.dv = dv;
+  call.batch_q = batch_q, call.batch_k = batch_k, call.length_q = length_q, call.length_k = length_k;
+  call.query = query, call.key = key, call.value = value;
+  call.scale = scale, call.causal = causal, call.direction = direction;
+  return call;
+}
+
+void attention_positions(Attention& call, Address lengths_q, Address lengths_k, Address prefix, Address pair_q,
+                         Address pair_k, Address cu_q, Address cu_k) {
+  call.lengths_q = at<int64_t>(lengths_q), call.lengths_k = at<int64_t>(lengths_k), call.prefix = at<int64_t>(prefix);
+  call.pair_q = at<int64_t>(pair_q), call.pair_k = at<int64_t>(pair_k);
+  call.cu_q = at<int64_t>(cu_q), call.cu_k = at<int64_t>(cu_k);
+}
+
+void attention_rows(Attention& call, Address rows_q, Address rows_k, Address regions, int64_t groups) {
+  call.rows_q = at<int64_t>(rows_q), call.rows_k = at<int64_t>(rows_k), call.regions = at<int64_t>(regions);
+  call.groups = groups;
+}
+
+void attention_key_mask(Attention& call, Address mask, int64_t batch, int64_t column) {
+  call.key_mask = at<uint8_t>(mask), call.key_mask_batch = batch, call.key_mask_column = column;
+}
+
+void attention_bias(Attention& call, const Plane& bias, int dtype) {
+  call.bias = bias, call.bias_dtype = DType(dtype);
+}
+
+void attention_dropout(Attention& call, double rate, Address seed, bool probs_dropout) {
+  call.dropout = rate, call.seed = *at<uint64_t>(seed), call.probs_dropout = probs_dropout;
+}
+
+void attention_outputs(Attention& call, Address out, Address probs, Address lse, Address kept) {
+  call.out = at<void>(out), call.probs = at<void>(probs), call.lse = at<void>(lse), call.kept = at<void>(kept);
+}
+
+void attention_gradients(Attention& call, const Stream& d_out, Address d_probs, Address d_lse, Address kept,
+                         Address d_query, Address d_key, Address d_value, Address d_bias, int dtype,
+                         const std::array<int64_t, 4>& bias_shape) {
+  call.d_out = d_out, call.d_probs = at<void>(d_probs), call.d_lse = at<void>(d_lse), call.kept = at<void>(kept);
+  call.d_query = at<void>(d_query), call.d_key = at<void>(d_key), call.d_value = at<void>(d_value);
+  call.d_bias = at<void>(d_bias), call.gradient_dtype = DType(dtype);
+  std::copy(bias_shape.begin(), bias_shape.end(), call.bias_shape);
+}
+
+template <int kernel(const Attention* const*, int, int)>
+int attention_run(const Attention& first, const Attention* second, int threads) {
+  const Attention* calls[] = {&first, second};
+  return kernel(calls, second ? 2 : 1, threads);
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = VLMFAST_VERSION;
@@ -66,6 +130,27 @@ PYBIND11_MODULE(_native, m) {
   m.def("info_nce_fwd", &info_nce_fwd, no_gil);
   m.def("info_nce_bwd", &info_nce_bwd, no_gil);
   m.def("siglip", &siglip, no_gil);
+
+  py::class_<Stream>(m, "Stream").def(py::init([](Address address, int64_t batch, int64_t row, int64_t head) {
+    return Stream{at<void>(address), batch, row, head};
+  }));
+  py::class_<Plane>(m, "Plane").def(
+      py::init([](Address address, int64_t batch, int64_t head, int64_t row, int64_t column) {
+        return Plane{at<void>(address), batch, head, row, column};
+      }));
+  py::class_<Attention>(m, "Attention")
+      .def(py::init(&attention))
+      .def("positions", &attention_positions)
+      .def("rows", &attention_rows)
+      .def("key_mask", &attention_key_mask)
+      .def("mask", [](Attention& call, const Plane& mask) { call.mask = mask; })
+      .def("bias", &attention_bias)
+      .def("dropout", &attention_dropout)
+      .def("outputs", &attention_outputs)
+      .def("gradients", &attention_gradients);
+  m.def("attention_fwd", &attention_run<cpu::attention_fwd>, no_gil);
+  m.def("attention_bwd", &attention_run<cpu::attention_bwd>, no_gil);
+
   m.def("use_openmp", &use_openmp);
   m.def("build_info", &build_info);
 }

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "attention.h"
 #include "info_nce.h"
 
 namespace vlmfast::cpu {
@@ -71,5 +72,14 @@ const char* isas_built() { return widest_built == Isa::scalar ? "scalar" : "scal
 int info_nce_fwd(const InfoNceForward& call) { VLMFAST_DISPATCH(info_nce_fwd(call)) }
 int info_nce_bwd(const InfoNceBackward& call) { VLMFAST_DISPATCH(info_nce_bwd(call)) }
 int siglip(const SigLip& call) { VLMFAST_DISPATCH(siglip(call)) }
+
+int attention_fwd(const Attention* const* calls, int count, int threads) {
+  VLMFAST_DISPATCH(attention_fwd(calls, count, threads))
+}
+int attention_bwd(const Attention* const* calls, int count, int threads) {
+  VLMFAST_DISPATCH(attention_bwd(calls, count, threads))
+}
+int bi_attention_fwd(const BiAttention& call, int threads) { VLMFAST_DISPATCH(bi_attention_fwd(call, threads)) }
+int bi_attention_bwd(const BiAttention& call, int threads) { VLMFAST_DISPATCH(bi_attention_bwd(call, threads)) }
 
 }  // namespace vlmfast::cpu

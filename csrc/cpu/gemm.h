@@ -89,14 +89,19 @@ struct Fixed {
   constexpr operator int64_t() const { return value; }
 };
 
-template <class Product>
+struct Nothing {
+  void operator()() const {}
+};
+
+// `vectors` of B stand side by side in a panel; one is for a last panel that needs no more.
+template <class Product, int vectors = 2>
 struct Gemm {
   using T = typename Product::T;
   using Operand = typename Product::Operand;
 #if VLMFAST_VECTOR_BYTES == 64
-  static constexpr int MR = 14, NV = 2;  // 28 sums, 2 columns of B, 1 broadcast: 31 of 32 registers
+  static constexpr int MR = 14, NV = vectors;  // with two 28 sums, 2 columns of B, 1 broadcast: 31 of 32 registers
 #else
-  static constexpr int MR = 6, NV = 2;  // 12 sums, 2 columns of B, 1 broadcast: 15 of 16 registers
+  static constexpr int MR = 6, NV = vectors;  // with two 12 sums, 2 columns of B, 1 broadcast: 15 of 16 registers
 #endif
   static constexpr int lanes = Simd<T>::lanes;
   static constexpr int NR = NV * lanes;
@@ -139,15 +144,16 @@ struct Gemm {
   }
 
   // `b_panel` is the distance between panels. Writes exactly M rows; columns are N, or N rounded up to NR if `c` has
-  // the room (`padded`), which saves the detour of the last panel.
-  template <class StrideI, class StrideK>
+  // the room (`padded`), which saves the detour of the last panel. `between` is called before each tile.
+  template <class StrideI, class StrideK, class Between = Nothing>
   static void run(int64_t M, int64_t N, int64_t K, const Operand* a, StrideI a_i, StrideK a_k, const Operand* b,
-                  int64_t b_panel, T* c, int64_t c_row, bool accumulate, bool padded = false) {
+                  int64_t b_panel, T* c, int64_t c_row, bool accumulate, bool padded = false, Between between = {}) {
     for (int64_t n = 0; n < N; n += NR, b += b_panel) {
       bool whole = padded || n + NR <= N;
       for (int64_t m = 0; m < M; m += MR) {
         const Operand* rows = a + m * int64_t(a_i);
         int64_t count = M - m < MR ? M - m : MR;
+        between();
         if (whole) {
           T* to = c + m * c_row + n;
           if (count == MR)

@@ -45,6 +45,17 @@ def is_zip(path: Path) -> bool:
         return file.read(4) == b"PK\x03\x04"
 
 
+def key_bytes(path: Path, most: int = 8 << 20) -> bytes:
+    """The part of a weight file that spells its tensor names, unread: to guess by, not to trust."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+        if not start.startswith(b"PK\x03\x04"):  # plain pickles and safetensors begin with the names
+            return start + file.read(most)
+    with open_zip(path) as archive:
+        names = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        return read_record(archive, names[0])[:most] if names else b""
+
+
 def open_zip(path: Path) -> zipfile.ZipFile:
     """An archive whose tensor records are stored uncompressed and so cannot exceed the file; ValueError otherwise."""
     try:
@@ -70,7 +81,7 @@ def read_record(archive: zipfile.ZipFile, name: str) -> bytes:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """State dict of a .safetensors file or of a torch.save file (.bin, .pt), read with weights_only=True.
 
-    A dict under "state_dict" (training checkpoints of open_clip) is unwrapped.
+    A dict under "state_dict", "model_state_dict" or "model" (training checkpoints) is unwrapped.
 
     Raises:
         UnsafePickleError: the pickle names a global outside torch's allow-list.
@@ -92,8 +103,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UnsafePickleError(f"{path}: refused to unpickle: {_reason(error)}") from error
     except Exception as error:  # torch raises many types on damaged files
         raise ValueError(f"{path}: not a readable torch.save file ({_reason(error)})") from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
+    for wrapper in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
     if not isinstance(state, dict) or not state:
         raise ValueError(f"{path}: holds a {type(state).__name__}, must be a dict of tensors")
     for key, value in state.items():

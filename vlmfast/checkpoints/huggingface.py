@@ -27,10 +27,10 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
         raise FileNotFoundError(f"{folder}: no config.json beside the weights")
     values = config_fields(read_json(config_file), config_file)
     weights = find_weights(folder, WEIGHT_NAMES) if path.is_dir() else path
-    return values, _read_shards(weights) if weights.suffix == ".json" else read_tensors(weights)
+    return values, read_shards(weights) if weights.suffix == ".json" else read_tensors(weights)
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def read_shards(index: Path) -> dict[str, Tensor]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{index}: has no weight_map of file names")

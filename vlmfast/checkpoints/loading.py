@@ -1,6 +1,5 @@
 """`load`: any known checkpoint format to a model."""
 
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,15 +8,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.clip import CLIP, CLIPConfig
-from . import huggingface, open_clip, openai
-from .files import is_zip, open_zip, read_json
+from ..models.lxmert import LXMERT
+from ..models.vilbert import ViLBERT
+from . import huggingface, lxmert, open_clip, openai, vilbert
+from .files import is_zip, key_bytes, open_zip, read_json
+from .state import check_shapes, common_dtype, report_keys
 
 _FORMATS = {"openai": openai, "open_clip": open_clip, "huggingface": huggingface}
+_TWO_STREAM = {"vilbert": vilbert, "lxmert": lxmert}
+_TELLING_KEYS = {b"encoder.c_layer.": "vilbert", b"encoder.x_layers.": "lxmert"}
 _BPE_NAME = "bpe_simple_vocab_16e6.txt.gz"
 
 
 def detect_format(path: str | Path) -> str:
-    """Which reader a file or folder needs: "openai", "open_clip" or "huggingface". Runs nothing in it.
+    """Which reader a file or folder needs: one of those that `load` names. Runs nothing in it.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -27,7 +31,9 @@ def detect_format(path: str | Path) -> str:
     if path.is_dir():
         names = {file.name for file in path.iterdir()}
         if "config.json" in names and names & set(huggingface.WEIGHT_NAMES):
-            return "huggingface"
+            content = read_json(path / "config.json")
+            kind = "vilbert" if "v_biattention_id" in content else content.get("model_type")
+            return kind if kind in _TWO_STREAM else "huggingface"
         if names & {open_clip.CONFIG_NAME, *open_clip.WEIGHT_NAMES}:
             return "open_clip"
         raise ValueError(
@@ -36,6 +42,10 @@ def detect_format(path: str | Path) -> str:
         )
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder")
+    head = key_bytes(path)
+    for key, kind in _TELLING_KEYS.items():
+        if key in head:
+            return kind
     if path.name in huggingface.WEIGHT_NAMES and (path.parent / "config.json").is_file():
         return "huggingface"
     if path.suffix == ".safetensors":
@@ -62,34 +72,52 @@ def load(
     dtype: torch.dtype | None = None,
     image_size: int | None = None,
     quick_gelu: bool | None = None,
-) -> CLIP:
+    config=None,
+) -> CLIP | ViLBERT | LXMERT:
     """A model in evaluation mode from a public or own checkpoint. No code in the file is executed.
 
     Args:
-        path: OpenAI TorchScript `.pt`; open_clip `.pt`, `.bin`, `.safetensors` or folder; Hugging Face folder.
-        format: "openai", "open_clip", "huggingface", or None to detect it. "vlmfast" is a folder written by
-            `save_pretrained`, in either layout.
+        path: CLIP: OpenAI TorchScript `.pt`; open_clip `.pt`, `.bin`, `.safetensors` or folder; Hugging Face folder.
+            ViLBERT: the authors' `.bin`, or a folder with it and config.json. LXMERT: the authors' `.pth`, or a
+            Hugging Face folder.
+        format: "openai", "open_clip", "huggingface", "vilbert", "lxmert", or None to detect it. "vlmfast" is a folder
+            written by `save_pretrained`, in any layout.
         strict: raise on missing and unknown keys. False warns instead; missing tensors keep their initial values.
         device: where the model goes.
         dtype: of all parameters. None keeps the stored one, or float32 where several are mixed (OpenAI's files).
         image_size: pixels; another one than stored resizes the position grid (bicubic, antialiased).
         quick_gelu: overrides the activation. Needed for bare open_clip state dicts of GELU models, which do not
             store it: they default to QuickGELU, with a warning.
+        config: of ViLBERT and LXMERT files that have none beside them: a path to the JSON file, its content or a
+            config object. Without it sizes come from the tensors, and head counts are those of the public models.
 
     Returns:
-        The model; `model.preprocess` is its ImagePreprocess, `model.tokenizer` a CLIPTokenizer when vocabulary files
-        lie beside the checkpoint, else None.
+        The model. A CLIP's `model.preprocess` is its ImagePreprocess, `model.tokenizer` a CLIPTokenizer when
+        vocabulary files lie beside the checkpoint, else None.
 
     Raises:
         FileNotFoundError: no such file, or one that belongs to the checkpoint is absent.
         UnsafePickleError: a pickle that asks for more than tensors (a ValueError).
-        ValueError: unknown format, damaged file, missing or unknown keys, shapes that do not fit the config.
+        ValueError: unknown format, damaged file, missing or unknown keys, shapes that do not fit the config, an
+            argument of another model.
     """
     path = Path(path)
     if format in (None, "vlmfast") or not path.exists():
         format = detect_format(path)
+    elif format == "huggingface" and (path / "config.json").is_file():
+        format = "lxmert" if read_json(path / "config.json").get("model_type") == "lxmert" else format
+    if format in _TWO_STREAM:
+        if image_size is not None or quick_gelu is not None:
+            raise ValueError(f"load: image_size and quick_gelu belong to CLIP, {path} is {format}")
+        try:
+            return _TWO_STREAM[format].load(path, config=config, strict=strict, device=device, dtype=dtype)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path}: a setting has the wrong type ({error})") from error
     if format not in _FORMATS:
-        raise ValueError(f"load: format is {format!r}, must be one of {', '.join(_FORMATS)}, vlmfast")
+        formats = ", ".join([*_FORMATS, "vlmfast", *_TWO_STREAM])
+        raise ValueError(f"load: format is {format!r}, must be one of {formats}")
+    if config is not None:
+        raise ValueError(f"load: config belongs to ViLBERT and LXMERT, {path} is {format}")
     source = _FORMATS[format]
     try:
         values, state = source.read(path)
@@ -119,10 +147,10 @@ def load(
     state, missing = _translate(source, config, state, target, path, strict)
     if image_size is not None:
         _resize_positions(state, config)
-    _check_shapes(state, target, path)
+    check_shapes(state, target, path)
     if missing:
         model = CLIP(config)
-    dtype = dtype or _common_dtype(state)
+    dtype = dtype or common_dtype(state)
     for key in list(state):  # copies, one at a time: a mapped file may change or vanish under the model
         kind = dtype if state[key].is_floating_point() else None
         state[key] = state[key].to(device=device, dtype=kind, copy=True).contiguous()
@@ -187,27 +215,8 @@ def _translate(source, config, state, target, path, strict) -> tuple[dict[str, T
                 translated[key] = translated[key].T
     used = {name for names in keys.values() for name in names}
     unknown = sorted(name for name in state if name not in used and not source.DROPPED.fullmatch(name))
-    problems = [f"{kind} keys: {_names(found)}" for kind, found in (("missing", absent), ("unknown", unknown)) if found]
-    if problems and strict:
-        raise ValueError(f"{path}: {'; '.join(problems)}")
-    if problems:
-        warnings.warn(f"{path}: {'; '.join(problems)}", stacklevel=3)
+    report_keys(path, absent, unknown, strict)
     return translated, missing
-
-
-def _names(names: list[str], limit: int = 50) -> str:
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _check_shapes(state: dict[str, Tensor], target: dict[str, Tensor], path: Path) -> None:
-    wrong = [
-        f"{key} is {value.dtype} {list(value.shape)}, must be {target[key].dtype} {list(target[key].shape)}"
-        for key, value in state.items()
-        if value.shape != target[key].shape or value.is_floating_point() != target[key].is_floating_point()
-    ]
-    if wrong:
-        raise ValueError(f"{path}: {_names(wrong)}")
 
 
 def _resize_positions(state: dict[str, Tensor], config: CLIPConfig) -> None:
@@ -222,8 +231,3 @@ def _resize_positions(state: dict[str, Tensor], config: CLIPConfig) -> None:
     cells = table[1:].float().T.reshape(1, -1, side, side)
     cells = F.interpolate(cells, size=(config.grid, config.grid), mode="bicubic", antialias=True, align_corners=False)
     state[key] = torch.cat([table[:1], cells.flatten(2)[0].T.to(table.dtype)])
-
-
-def _common_dtype(state: dict[str, Tensor]) -> torch.dtype:
-    found = {value.dtype for value in state.values() if value.is_floating_point()}
-    return found.pop() if len(found) == 1 else torch.float32

@@ -1,30 +1,41 @@
-"""`save_pretrained`: a model to a folder that transformers or open_clip, and `load`, read back exactly."""
+"""`save_pretrained`: a model to a folder that the public code of its kind, and `load`, read back exactly."""
 
 import json
 from pathlib import Path
 
 from ..models.clip import CLIP
-from . import huggingface, open_clip
+from ..models.lxmert import LXMERT
+from ..models.vilbert import ViLBERT
+from . import huggingface, lxmert, open_clip, vilbert
 from .files import atomic_folder
 
+_TWO_STREAM = {ViLBERT: ("vilbert", vilbert), LXMERT: ("huggingface", lxmert)}
 
-def save_pretrained(model: CLIP, folder: str | Path) -> str:
+
+def save_pretrained(model: CLIP | ViLBERT | LXMERT, folder: str | Path) -> str:
     """Write a model with its sizes, activation, preprocessing and (if `model.tokenizer` is set) vocabulary.
 
-    The layout is Hugging Face's CLIPModel: config.json, model.safetensors, preprocessor_config.json. What that cannot
-    hold (ResNet towers, a logit bias, images padded to a square) is written in open_clip's layout instead:
-    open_clip_config.json, open_clip_model.safetensors. Files are written under a temporary name and then renamed.
+    ViLBERT is written as the authors' pytorch_model.bin with config.json, LXMERT as transformers' config.json and
+    model.safetensors. CLIP's layout is Hugging Face's CLIPModel: config.json, model.safetensors,
+    preprocessor_config.json. What that cannot hold (ResNet towers, a logit bias, images padded to a square) is written
+    in open_clip's layout instead: open_clip_config.json, open_clip_model.safetensors. Files are written under a
+    temporary name and then renamed.
     Preprocessing is `model.preprocess` without its random part, or CLIP's own with the config's mean and std.
 
     Returns:
-        The layout written, "huggingface" or "open_clip".
+        The layout written, "huggingface", "open_clip" or "vilbert".
 
     Raises:
-        TypeError: not a CLIP.
+        TypeError: not one of these models.
         FileExistsError: the folder holds a checkpoint in the other layout.
     """
+    for kind, (layout, source) in _TWO_STREAM.items():
+        if isinstance(model, kind):
+            with atomic_folder(Path(folder)) as stage:
+                source.save(model, stage)
+            return layout
     if not isinstance(model, CLIP):
-        raise TypeError(f"save_pretrained: model is a {type(model).__name__}, must be a CLIP")
+        raise TypeError(f"save_pretrained: model is a {type(model).__name__}, must be a CLIP, ViLBERT or LXMERT")
     from safetensors.torch import save_file
 
     from ..data.images import ImagePreprocess

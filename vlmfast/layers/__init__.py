@@ -1,15 +1,27 @@
 """The parts models are made of."""
 
+from .bert import BertLayer, MaskedLMHead, MLPClassifier, Pooler, TextEmbeddings
+from .co_attention import CoAttentionLayer, CrossModalityLayer
 from .resnet import AttentionPool2d, Bottleneck, ModifiedResNet
+from .streams import Rows, Streams
 from .transformer import LayerNorm, QuickGELU, SelfAttention, Transformer, TransformerBlock
 
 __all__ = [
     "AttentionPool2d",
+    "BertLayer",
     "Bottleneck",
+    "CoAttentionLayer",
+    "CrossModalityLayer",
     "LayerNorm",
+    "MLPClassifier",
+    "MaskedLMHead",
     "ModifiedResNet",
+    "Pooler",
     "QuickGELU",
+    "Rows",
     "SelfAttention",
+    "Streams",
+    "TextEmbeddings",
     "Transformer",
     "TransformerBlock",
 ]

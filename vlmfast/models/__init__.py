@@ -6,10 +6,28 @@ from functools import partial
 
 from torch import nn
 
-from . import clip
+from . import clip, lxmert, vilbert
 from .clip import CLIP, CLIPConfig, CLIPOutput
+from .lxmert import LXMERT, LXMERTConfig, LXMERTOutput
+from .vilbert import ViLBERT, ViLBERTConfig, ViLBERTOutput
 
-__all__ = ["CLIP", "CLIPConfig", "CLIPOutput", "clip", "create", "list_models", "register"]
+__all__ = [
+    "CLIP",
+    "CLIPConfig",
+    "CLIPOutput",
+    "LXMERT",
+    "LXMERTConfig",
+    "LXMERTOutput",
+    "ViLBERT",
+    "ViLBERTConfig",
+    "ViLBERTOutput",
+    "clip",
+    "create",
+    "list_models",
+    "lxmert",
+    "register",
+    "vilbert",
+]
 
 _builders: dict[str, Callable[..., nn.Module]] = {}
 
@@ -49,5 +67,6 @@ def create(name: str, **overrides) -> nn.Module:
     return builder(**overrides)
 
 
-for _name in clip.PRESETS:
-    register(_name, partial(clip.build, _name))
+for _module in (clip, vilbert, lxmert):
+    for _name in _module.PRESETS:
+        register(_name, partial(_module.build, _name))

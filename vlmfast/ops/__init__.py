@@ -1,7 +1,20 @@
 """Fused ops. Each is a function of tensors, with the definition it equals in its docstring."""
 
+from .attention import (
+    attention,
+    attention_varlen,
+    axial_attention,
+    bi_attention,
+    co_attention,
+    co_attention_varlen,
+    cross_attention,
+    dropout_mask,
+    window_attention,
+)
 from .dispatch import backend, backends
 from .gather import gather_with_grad
 from .info_nce import cached_loss, info_nce, siglip_loss
 
-__all__ = ["backend", "backends", "cached_loss", "gather_with_grad", "info_nce", "siglip_loss"]
+__all__ = ["attention", "attention_varlen", "axial_attention", "backend", "backends", "bi_attention", "cached_loss",
+           "co_attention", "co_attention_varlen", "cross_attention", "dropout_mask", "gather_with_grad", "info_nce",
+           "siglip_loss", "window_attention"]

@@ -1,0 +1,249 @@
+"""How the rows of a stream are laid out, and attention over them through `vlmfast.ops.attention`.
+
+Where counts of rows are known, both streams travel packed: the rows that exist, one example behind the other, so that
+padding costs nothing in projections and feed-forward networks, where nearly all of a layer's time goes.
+
+Sizes: B batch, S rows, N rows of all examples without padding, H heads, D channels per head.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..ops.attention import attention, attention_varlen, co_attention, co_attention_varlen
+
+MASKED = -10000.0  # what the public BERT weights were trained with; a fully masked row sees its raw scores
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of a [B, S, ...] stream exist; or where the examples of a packed [N, ...] stream begin.
+
+    Attributes:
+        bias: [B, 1, 1, S] added to the scores of these rows as keys, or None.
+        lengths: [B] rows that exist, a prefix; padding is then skipped and its attention output is 0. None: all rows.
+        offsets: [B + 1] int32, example i holds packed rows offsets[i] to offsets[i + 1]; None: not packed.
+    """
+
+    bias: Tensor | None = None
+    lengths: Tensor | None = None
+    offsets: Tensor | None = None
+
+    @classmethod
+    def of(cls, mask: Tensor | None, lengths: Tensor | None, dtype: torch.dtype) -> "Rows":
+        """From a [B, S] mask (1 or True keeps, holes allowed) or from lengths."""
+        if mask is None:
+            return cls(None, lengths)
+        return cls((1 - mask[:, None, None].to(dtype)) * MASKED, lengths)
+
+    def take(self, index: Tensor) -> "Rows":
+        """The same for examples `index` [P]."""
+        return Rows(*(None if part is None else part[index] for part in (self.bias, self.lengths)))
+
+    def owners(self) -> Tensor:
+        """[N] which example each packed row belongs to."""
+        return torch.repeat_interleave(torch.arange(len(self.lengths), device=self.lengths.device), self.lengths)
+
+
+def as_mask(name: str, value: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+    """A [B, S] mask of bool or 0/1 numbers, checked.
+
+    Raises:
+        ValueError: another shape, or values other than 0 and 1 (an additive mask, for example).
+    """
+    if value is None:
+        return None
+    if value.shape != shape:
+        raise ValueError(f"{name}: has shape {list(value.shape)}, must be {list(shape)}")
+    if value.dtype != torch.bool and _readable(value) and not ((value == 0) | (value == 1)).all():
+        raise ValueError(f"{name}: holds values other than 0 and 1; 1 keeps a row, 0 masks it")
+    return value
+
+
+def as_lengths(name: str, value: Tensor | None, batch: int, longest: int) -> Tensor | None:
+    """[B] row counts, checked.
+
+    Raises:
+        TypeError: not integers.
+        ValueError: another shape, or counts outside 0..longest.
+    """
+    if value is None:
+        return None
+    if value.is_floating_point() or value.dtype == torch.bool:
+        raise TypeError(f"{name}: is {value.dtype}, must be integers")
+    if value.shape != (batch,):
+        raise ValueError(f"{name}: has shape {list(value.shape)}, must be [{batch}]")
+    if batch and _readable(value) and not 0 <= int(value.min()) <= int(value.max()) <= longest:
+        raise ValueError(f"{name}: runs from {int(value.min())} to {int(value.max())}, must lie in 0..{longest}")
+    return value
+
+
+def _readable(value: Tensor) -> bool:
+    """Whether looking at values costs nothing: not while compiling, and not where it would wait for a GPU."""
+    return not torch.compiler.is_compiling() and value.device.type == "cpu"
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Layout of a text and a region stream that attend to each other.
+
+    Attributes:
+        text, image: the rows of each.
+        text_keep, image_keep: [B, T] and [B, R], 1 or True where a row exists.
+        bias: [B, 1, T, R] added to the scores of both directions, or None.
+        all_pairs: pair every text with every image instead of the i-th with the i-th.
+        packing: where the packed rows lie among the B * T and B * R padded ones, or None while padded.
+    """
+
+    text: Rows
+    image: Rows
+    text_keep: Tensor
+    image_keep: Tensor
+    bias: Tensor | None = None
+    all_pairs: bool = False
+    packing: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, input_ids: Tensor, feat: Tensor, loc: Tensor, widths: tuple[int, int], dtype: torch.dtype,
+           attention_mask: Tensor | None = None, image_mask: Tensor | None = None, text_lengths: Tensor | None = None,
+           num_regions: Tensor | None = None) -> "Streams":
+        """Checks a model's inputs and reads the layout off them.
+
+        Args:
+            input_ids, feat, loc: [B, T] or [1, T]; [B, R, widths[0]]; [B, R, widths[1]].
+            dtype: of the additive masks.
+            attention_mask, image_mask: [B, T] and [B, R] masks; or
+            text_lengths, num_regions: [B] counts of rows.
+
+        Raises:
+            TypeError, ValueError: naming the argument that does not fit.
+        """
+        if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+            raise TypeError(f"input_ids: is {input_ids.dtype}, must be integers")
+        if input_ids.ndim != 2 or not input_ids.shape[1]:
+            raise ValueError(f"input_ids: has shape {list(input_ids.shape)}, must be [B, T] with T > 0")
+        if feat.ndim != 3 or not feat.shape[1] or feat.shape[2] != widths[0]:
+            raise ValueError(f"image_feat: has shape {list(feat.shape)}, must be [B, R, {widths[0]}] with R > 0")
+        if loc.shape != (*feat.shape[:2], widths[1]):
+            raise ValueError(f"image_loc: has shape {list(loc.shape)}, must be {[*feat.shape[:2], widths[1]]}")
+        if len(input_ids) not in (1, len(feat)):
+            raise ValueError(f"input_ids: has {len(input_ids)} rows, image_feat {len(feat)}; must be as many, or one")
+        if attention_mask is not None and text_lengths is not None:
+            raise ValueError("text_lengths: given together with attention_mask, must be one or the other")
+        if image_mask is not None and num_regions is not None:
+            raise ValueError("num_regions: given together with image_mask, must be one or the other")
+        text, text_keep = _rows("attention_mask", attention_mask, "text_lengths", text_lengths, input_ids, dtype)
+        image, image_keep = _rows("image_mask", image_mask, "num_regions", num_regions, feat, dtype)
+        return cls(text, image, text_keep, image_keep)
+
+    def with_task_token(self) -> "Streams":
+        """For a text with one more token after token 0."""
+        bias, text = self.bias, self.text
+        if bias is not None:
+            bias = torch.cat([bias[:, :, :1], torch.zeros_like(bias[:, :, :1]), bias[:, :, 1:]], dim=2)
+        text = Rows(None if text.bias is None else torch.cat([torch.zeros_like(text.bias[..., :1]), text.bias], -1),
+                    None if text.lengths is None else text.lengths + 1)
+        keep = torch.cat([torch.ones_like(self.text_keep[:, :1]), self.text_keep], dim=1)
+        return replace(self, text=text, text_keep=keep, bias=bias)
+
+    def paired(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor, "Streams"]:
+        """States and layout with row i * images + j = text i, image j (`all_pairs`), or the only text repeated."""
+        if self.packing is not None:  # only what needs no pairing is packed
+            return text, image, self
+        texts, images = len(text), len(image)
+        columns = torch.arange(images, device=image.device)
+        if self.all_pairs:
+            rows, columns = columns[:texts].repeat_interleave(images), columns.repeat(texts)
+        elif texts == 1 != images:
+            rows = torch.zeros_like(columns)
+        else:
+            return text, image, self
+        streams = Streams(self.text.take(rows), self.image.take(columns), self.text_keep[rows],
+                          self.image_keep[columns], self.bias)
+        return text[rows], image[columns], streams
+
+    def packed(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor, "Streams"]:
+        """Both streams as [N, C] where counts of rows are known, unchanged otherwise and before pairing."""
+        masked = self.text.bias is not None or self.image.bias is not None or self.bias is not None
+        unknown = self.text.lengths is None and self.image.lengths is None
+        pairs = self.all_pairs or len(text) != len(image)
+        if self.packing is not None or masked or unknown or pairs or torch.compiler.is_compiling():
+            return text, image, self
+        states, rows, packing = [], [], []
+        for x, old, keep in ((text, self.text, self.text_keep), (image, self.image, self.image_keep)):
+            lengths = old.lengths
+            if lengths is None:
+                lengths = torch.full((len(x),), x.shape[1], device=x.device)
+            packing.append(keep.flatten().nonzero()[:, 0])
+            states.append(x.flatten(0, 1)[packing[-1]])
+            offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+            rows.append(Rows(lengths=lengths, offsets=offsets))
+        return *states, replace(self, text=rows[0], image=rows[1], packing=tuple(packing))
+
+    def padded(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Both streams as [B, S, C]; where counts of rows are known, the rows behind them are 0."""
+        states = []
+        for i, (x, rows, keep) in enumerate(((text, self.text, self.text_keep), (image, self.image, self.image_keep))):
+            if self.packing is not None:
+                x = x.new_zeros(keep.numel(), x.shape[-1]).index_copy(0, self.packing[i], x).unflatten(0, keep.shape)
+            elif rows.lengths is not None:
+                x = x.masked_fill(~keep[..., None], 0)
+            states.append(x)
+        return tuple(states)
+
+    def mean_text(self, text: Tensor) -> Tensor:
+        """Mean state over the tokens that exist, to broadcast against the region stream: [B, 1, C] or [N, C]."""
+        if self.packing is not None:
+            total = text.new_zeros(len(self.text.lengths), text.shape[-1]).index_add(0, self.text.owners(), text)
+            return (total / self.text.lengths.clamp(min=1)[:, None])[self.image.owners()]
+        keep = self.text_keep[:, :, None]
+        return (text.masked_fill(~keep.bool(), 0).sum(1) / keep.sum(1).clamp(min=1))[:, None]
+
+
+def _rows(mask_name: str, mask: Tensor | None, lengths_name: str, lengths: Tensor | None, x: Tensor,
+          dtype: torch.dtype) -> tuple[Rows, Tensor]:
+    """The layout of a [B, S, ...] stream, and which of its rows exist [B, S]."""
+    batch, longest = x.shape[:2]
+    mask = as_mask(mask_name, mask, (batch, longest))
+    lengths = as_lengths(lengths_name, lengths, batch, longest)
+    if lengths is not None:
+        keep = torch.arange(longest, device=x.device) < lengths[:, None]
+    else:
+        keep = torch.ones(batch, longest, dtype=torch.bool, device=x.device) if mask is None else mask
+    return Rows.of(mask, lengths, dtype), keep
+
+
+def self_attend(query: Tensor, key: Tensor, value: Tensor, rows: Rows, *, dropout: float = 0.0,
+                return_probs: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Attention of a stream over itself: ([B, S, H, D] or [N, H, D], probabilities [B, H, S, S] or None)."""
+    if rows.offsets is not None:
+        return attention_varlen(query, key, value, rows.offsets, dropout=dropout).out, None
+    result = attention(query, key, value, lengths=rows.lengths, bias=rows.bias, dropout=dropout,
+                       return_probs=return_probs)
+    return result.out, result.probs
+
+
+def co_attend(a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor], rows_a: Rows, rows_b: Rows, *,
+              bias: Tensor | None = None, dropout_a: float = 0.0, dropout_b: float = 0.0, return_probs: bool = False):
+    """Both directions of attention between streams a and b.
+
+    Args:
+        a, b: (query, key, value) of each stream, [B, Sa, H, D] and [B, Sb, H, D], or [Na, H, D] and [Nb, H, D].
+        bias: [B, 1, Sa, Sb] added to the scores of both directions, or None.
+        dropout_a, dropout_b: of the queries of a over the keys of b, and the other way round.
+
+    Returns:
+        (context of a, context of b, probabilities a over b [B, H, Sa, Sb] or None, probabilities b over a or None).
+    """
+    if rows_a.offsets is not None:
+        result = co_attention_varlen(*a, *b, rows_a.offsets, rows_b.offsets, dropout_a=dropout_a, dropout_b=dropout_b)
+        return result.out_a, result.out_b, None, None
+    bias_a, bias_b = rows_b.bias, rows_a.bias
+    if bias is not None:
+        turned = bias.transpose(-1, -2)
+        bias_a = bias if bias_a is None else bias_a + bias
+        bias_b = turned if bias_b is None else bias_b + turned
+    result = co_attention(*a, *b, lengths_a=rows_a.lengths, lengths_b=rows_b.lengths, bias_a=bias_a, bias_b=bias_b,
+                          dropout_a=dropout_a, dropout_b=dropout_b, return_probs=return_probs)
+    return result.out_a, result.out_b, result.probs_a, result.probs_b

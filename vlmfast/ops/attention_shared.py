@@ -1,0 +1,100 @@
+"""Bidirectional attention from one score matrix (GLIP, GroundingDINO)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .attention_call import (
+    check_bias,
+    check_integers,
+    check_key_mask,
+    check_rate,
+    check_scale,
+    check_streams,
+    draw_seed,
+)
+from .reference import attention as reference
+
+
+class BiAttention(NamedTuple):
+    """out_a [B, Sa, H, Dv'], out_b [B, Sb, H, Dv]; where asked for, else None: probs_a [B, H, Sa, Sb], probs_b
+    [B, H, Sb, Sa], lse_a [B, H, Sa], lse_b [B, H, Sb]."""
+    out_a: Tensor
+    out_b: Tensor
+    probs_a: Tensor | None = None
+    probs_b: Tensor | None = None
+    lse_a: Tensor | None = None
+    lse_b: Tensor | None = None
+
+
+def bi_attention(query_b: Tensor, key_a: Tensor, value_a: Tensor, value_b: Tensor, *,
+                 lengths_a: Tensor | None = None, lengths_b: Tensor | None = None, mask_a: Tensor | None = None,
+                 mask_b: Tensor | None = None, bias: Tensor | None = None, scale: float | None = None,
+                 dropout_a: float = 0.0, dropout_b: float = 0.0, seed=None, return_probs: bool = False,
+                 return_lse: bool = False, deterministic: bool = True) -> BiAttention:
+    r"""Both streams read each other through one score matrix and two softmaxes.
+
+    Equivalent to::
+
+        scores = scale * query_b @ key_a.mT + bias             # [B, H, Sb, Sa], from [B, S, H, D] inputs
+        out_b = scores.softmax(-1) @ value_a                   # b reads a
+        out_a = scores.mT.softmax(-1) @ value_b                # a reads b
+
+    Args:
+        query_b:  [B, Sb, H, D] float32, bfloat16, float16 or float64, for example the image tokens.
+        key_a:  [B, Sa, H, D], for example the text.
+        value_a:  [B, Sa, H, Dv]; value_b: [B, Sb, H, Dv'].
+        lengths_a, lengths_b:  [B] int32 or int64 valid leading positions; rows behind them are 0.
+        mask_a, mask_b:  [B, S] bool, True where a position takes part; the output of one that does not is 0.
+        bias:  broadcastable [B|1, H|1, Sb|1, Sa|1], added to the scores; differentiable; -inf excludes.
+        scale:  a float, by default 1 / sqrt(D).
+        dropout_a, dropout_b:  of the probabilities with which a reads b, and b reads a (directions 0 and 1).
+        seed, return_probs, return_lse, deterministic:  as in `co_attention`; probabilities are those before dropout.
+
+    Returns:
+        BiAttention. A line without a partner has output 0, lse -inf and gradient 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it was and what it must be.
+
+    Source: GLIP (Li et al. 2022, arXiv:2112.03857), eq. 4-6; Grounding DINO (arXiv:2303.05499), Fig. 3.
+    """
+    op = "bi_attention"
+    query_b, key_a, value_a, value_b = check_streams(op, ("query_b", "key_a", "value_a", "value_b"),
+                                                     (query_b, key_a, value_a, value_b))
+    if query_b.shape[0] != key_a.shape[0] or query_b.shape[2:] != key_a.shape[2:]:
+        raise ValueError(f"{op}: key_a has shape {tuple(key_a.shape)}, query_b has {tuple(query_b.shape)}; batch, "
+                         "heads and width must be equal")
+    for name, value, other, like in (("value_a", value_a, "key_a", key_a), ("value_b", value_b, "query_b", query_b)):
+        if value.shape[:3] != like.shape[:3]:
+            raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}, {other} has {tuple(like.shape)}; they must "
+                             "agree but for the last dimension")
+    batch, sb, heads, width = query_b.shape
+    sa = key_a.shape[1]
+    lengths_a = check_integers(op, "lengths_a", lengths_a, query_b, batch)
+    lengths_b = check_integers(op, "lengths_b", lengths_b, query_b, batch)
+    mask_a = check_key_mask(op, "mask_a", mask_a, query_b, (batch, sa))
+    mask_b = check_key_mask(op, "mask_b", mask_b, query_b, (batch, sb))
+    bias = check_bias(op, "bias", bias, query_b, (batch, heads, sb, sa))
+    scale = check_scale(op, scale, width)
+    dropout_a, dropout_b = check_rate(op, "dropout_a", dropout_a), check_rate(op, "dropout_b", dropout_b)
+    seed = draw_seed(op, seed, query_b, dropout_a > 0 or dropout_b > 0)
+    live_a = _live(op, "lengths_a", lengths_a, mask_a, sa)
+    live_b = _live(op, "lengths_b", lengths_b, mask_b, sb)
+    found = reference.bi_attention(query_b, key_a, value_a, value_b, live_a=live_a, live_b=live_b, bias=bias,
+                                   scale=scale, dropout_a=dropout_a, dropout_b=dropout_b, seed=seed)
+    return BiAttention(*found[:2], *(found[2:4] if return_probs else (None, None)),
+                       *(found[4:] if return_lse else (None, None)))
+
+
+def _live(op: str, name: str, lengths: Tensor | None, mask: Tensor | None, count: int) -> Tensor | None:
+    """Lengths and mask -> [B, S] bool."""
+    if lengths is None:
+        return mask
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and len(lengths):
+        low, high = int(lengths.min()), int(lengths.max())
+        if low < 0 or high > count:
+            raise ValueError(f"{op}: {name} reaches from {low} to {high}, it must lie between 0 and {count}")
+    within = torch.arange(count, device=lengths.device) < lengths[:, None]
+    return within if mask is None else within & mask
