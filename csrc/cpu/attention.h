@@ -57,27 +57,10 @@ struct Attention {
   int64_t bias_shape[4] = {1, 1, 1, 1};
 };
 
-// Two softmaxes over one score matrix: b reads a along its rows, a reads b along its columns.
-struct BiAttention {
-  DType dtype;
-  int64_t batch, heads, sa, sb, d, dv_a, dv_b;
-  Stream query_b, key_a, value_a, value_b;
-  double scale;
-  const int64_t *lengths_a = nullptr, *lengths_b = nullptr;
-  const uint8_t *mask_a = nullptr, *mask_b = nullptr;  // [batch, sa], [batch, sb], contiguous
-  void *out_a = nullptr, *out_b = nullptr;             // [batch, s, H, dv], contiguous
-  void *lse_a = nullptr, *lse_b = nullptr;             // [batch, H, s] of the working type
-  Stream d_out_a, d_out_b;
-  const void *d_lse_a = nullptr, *d_lse_b = nullptr;
-  void *d_query_b = nullptr, *d_key_a = nullptr, *d_value_a = nullptr, *d_value_b = nullptr;
-};
-
 // 0, or 1 if a length, an offset or an index leaves its stream.
 #define VLMFAST_ATTENTION_KERNELS                                           \
   int attention_fwd(const Attention* const* calls, int count, int threads); \
-  int attention_bwd(const Attention* const* calls, int count, int threads); \
-  int bi_attention_fwd(const BiAttention& call, int threads);               \
-  int bi_attention_bwd(const BiAttention& call, int threads);
+  int attention_bwd(const Attention* const* calls, int count, int threads);
 
 VLMFAST_ATTENTION_KERNELS
 

@@ -82,7 +82,7 @@ class Backward {
         bool whole_sequence = c.bias_shape[1] == 1;  // the heads of a sequence share a slot
         if (c.d_bias && !one_slot && (h == h0 || !whole_sequence)) std::fill_n(bias, plan.slot_count, 0.0);
         Ahead ahead;
-        announce(index, s, h, s0, s1, h0, h1, ahead);
+        announce(index, s, h, s1, h0, h1, ahead);
         unit(Unit<T>(c, s, h, own.positions), own, bias, ahead);
         if (c.d_bias && !one_slot && (h + 1 == h1 || !whole_sequence))
           write_bias(bias, whole_sequence ? (c.bias_shape[0] == 1 ? 0 : s) : (c.bias_shape[0] == 1 ? 0 : s) * c.heads + h);
@@ -157,7 +157,7 @@ class Backward {
   }
 
   // The unit that this thread computes after (s, h).
-  void announce(int64_t index, int64_t s, int64_t h, int64_t s0, int64_t s1, int64_t h0, int64_t h1, Ahead& ahead) const {
+  void announce(int64_t index, int64_t s, int64_t h, int64_t s1, int64_t h0, int64_t h1, Ahead& ahead) const {
     if (h + 1 < h1) {
       ++h;
     } else if (s + 1 < s1) {
