@@ -220,7 +220,8 @@ def test_meter_sees_fifty_megabytes():
     rise = memory.peak_rise(lambda: torch.ones(size, dtype=torch.uint8))
     if rise is None:
         pytest.skip("this kernel does not reset VmHWM")
-    assert size <= rise < size + 8 * MIB
+    # the kernel counts resident pages in batches per processor, so a reading may lag by a few hundred KiB
+    assert size - MIB // 2 <= rise < size + 8 * MIB
 
 
 def test_meter_does_not_carry_an_earlier_peak_over():
