@@ -13,6 +13,7 @@
 namespace py = pybind11;
 using namespace vlmfast;
 using vlmfast::cpu::Attention;
+using vlmfast::cpu::BiAttention;
 using vlmfast::cpu::Pairs;
 using vlmfast::cpu::Plane;
 using vlmfast::cpu::Stream;
@@ -55,15 +56,24 @@ int siglip(const Pairs& p, Address row_weight, int64_t row_weight_stride, Addres
                       at<void>(d_text), DType(gradient_dtype), at<void>(d_scale), at<void>(d_bias)});
 }
 
+// Strides of [B, S, H, D], or of packed [N, H, D].
+Stream stream(Address address, const py::tuple& strides) {
+  size_t last = strides.size() - 1;
+  return {at<void>(address), last == 3 ? strides[0].cast<int64_t>() : 0, strides[last - 2].cast<int64_t>(),
+          strides[last - 1].cast<int64_t>()};
+}
+
 // One direction of attention: sizes and streams here, each option through a method of its own.
 Attention attention(int dtype, int64_t sequences, int64_t heads, int64_t sq, int64_t sk, int64_t d, int64_t dv,
-                    int64_t batch_q, int64_t batch_k, int64_t length_q, int64_t length_k, const Stream& query,
-                    const Stream& key, const Stream& value, double scale, bool causal, uint32_t direction) {
+                    int64_t batch_q, int64_t batch_k, int64_t length_q, int64_t length_k, Address query,
+                    const py::tuple& query_strides, Address key, const py::tuple& key_strides, Address value,
+                    const py::tuple& value_strides, double scale, bool causal, uint32_t direction) {
   Attention call;
   call.dtype = DType(dtype), call.sequences = sequences, call.heads = heads;
   call.sq = sq, call.sk = sk, call.d = d, call.dv = dv;
   call.batch_q = batch_q, call.batch_k = batch_k, call.length_q = length_q, call.length_k = length_k;
-  call.query = query, call.key = key, call.value = value;
+  call.query = stream(query, query_strides), call.key = stream(key, key_strides);
+  call.value = stream(value, value_strides);
   call.scale = scale, call.causal = causal, call.direction = direction;
   return call;
 }
@@ -84,9 +94,7 @@ void attention_key_mask(Attention& call, Address mask, int64_t batch, int64_t co
   call.key_mask = at<uint8_t>(mask), call.key_mask_batch = batch, call.key_mask_column = column;
 }
 
-void attention_bias(Attention& call, const Plane& bias, int dtype) {
-  call.bias = bias, call.bias_dtype = DType(dtype);
-}
+void attention_bias(Attention& call, const Plane& bias, int dtype) { call.bias = bias, call.bias_dtype = DType(dtype); }
 
 void attention_dropout(Attention& call, double rate, Address seed, bool probs_dropout) {
   call.dropout = rate, call.seed = *at<uint64_t>(seed), call.probs_dropout = probs_dropout;
@@ -96,13 +104,47 @@ void attention_outputs(Attention& call, Address out, Address probs, Address lse,
   call.out = at<void>(out), call.probs = at<void>(probs), call.lse = at<void>(lse), call.kept = at<void>(kept);
 }
 
-void attention_gradients(Attention& call, const Stream& d_out, Address d_probs, Address d_lse, Address kept,
-                         Address d_query, Address d_key, Address d_value, Address d_bias, int dtype,
+void attention_gradients(Attention& call, Address d_out, const py::tuple& d_out_strides, Address d_probs, Address d_lse,
+                         Address kept, Address d_query, Address d_key, Address d_value, Address d_bias, int dtype,
                          const std::array<int64_t, 4>& bias_shape) {
-  call.d_out = d_out, call.d_probs = at<void>(d_probs), call.d_lse = at<void>(d_lse), call.kept = at<void>(kept);
+  call.d_out = stream(d_out, d_out_strides), call.d_probs = at<void>(d_probs), call.d_lse = at<void>(d_lse),
+  call.kept = at<void>(kept);
   call.d_query = at<void>(d_query), call.d_key = at<void>(d_key), call.d_value = at<void>(d_value);
   call.d_bias = at<void>(d_bias), call.gradient_dtype = DType(dtype);
   std::copy(bias_shape.begin(), bias_shape.end(), call.bias_shape);
+}
+
+BiAttention bi_attention(int dtype, const std::array<int64_t, 7>& sizes, Address query_b,
+                         const py::tuple& query_strides, Address key_a, const py::tuple& key_strides, Address value_a,
+                         const py::tuple& value_a_strides, Address value_b, const py::tuple& value_b_strides,
+                         Address mask_a, Address mask_b, double scale, double dropout_a, double dropout_b,
+                         Address seed) {
+  BiAttention call;
+  call.dtype = DType(dtype);
+  call.batch = sizes[0], call.heads = sizes[1], call.sa = sizes[2], call.sb = sizes[3];
+  call.d = sizes[4], call.dv_a = sizes[5], call.dv_b = sizes[6];
+  call.query_b = stream(query_b, query_strides), call.key_a = stream(key_a, key_strides);
+  call.value_a = stream(value_a, value_a_strides), call.value_b = stream(value_b, value_b_strides);
+  call.mask_a = at<uint8_t>(mask_a), call.mask_b = at<uint8_t>(mask_b);
+  call.scale = scale, call.dropout_a = dropout_a, call.dropout_b = dropout_b,
+  call.seed = seed ? *at<uint64_t>(seed) : 0;
+  return call;
+}
+
+void bi_attention_outputs(BiAttention& call, Address out_a, Address out_b, Address lse_a, Address lse_b,
+                          Address stats_a, Address stats_b) {
+  call.out_a = at<void>(out_a), call.out_b = at<void>(out_b), call.lse_a = at<void>(lse_a),
+  call.lse_b = at<void>(lse_b);
+  call.stats_a = at<void>(stats_a), call.stats_b = at<void>(stats_b);
+}
+
+void bi_attention_gradients(BiAttention& call, Address d_out_a, const py::tuple& d_out_a_strides, Address d_out_b,
+                            const py::tuple& d_out_b_strides, Address d_lse_a, Address d_lse_b, Address d_query_b,
+                            Address d_key_a, Address d_value_a, Address d_value_b) {
+  call.d_out_a = stream(d_out_a, d_out_a_strides), call.d_out_b = stream(d_out_b, d_out_b_strides);
+  call.d_lse_a = at<void>(d_lse_a), call.d_lse_b = at<void>(d_lse_b);
+  call.d_query_b = at<void>(d_query_b), call.d_key_a = at<void>(d_key_a);
+  call.d_value_a = at<void>(d_value_a), call.d_value_b = at<void>(d_value_b);
 }
 
 template <int kernel(const Attention* const*, int, int)>
@@ -131,9 +173,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("info_nce_bwd", &info_nce_bwd, no_gil);
   m.def("siglip", &siglip, no_gil);
 
-  py::class_<Stream>(m, "Stream").def(py::init([](Address address, int64_t batch, int64_t row, int64_t head) {
-    return Stream{at<void>(address), batch, row, head};
-  }));
   py::class_<Plane>(m, "Plane").def(
       py::init([](Address address, int64_t batch, int64_t head, int64_t row, int64_t column) {
         return Plane{at<void>(address), batch, head, row, column};
@@ -148,6 +187,12 @@ PYBIND11_MODULE(_native, m) {
       .def("dropout", &attention_dropout)
       .def("outputs", &attention_outputs)
       .def("gradients", &attention_gradients);
+  py::class_<BiAttention>(m, "BiAttention")
+      .def(py::init(&bi_attention))
+      .def("outputs", &bi_attention_outputs)
+      .def("gradients", &bi_attention_gradients);
+  m.def("bi_attention_fwd", &cpu::bi_attention_fwd, no_gil);
+  m.def("bi_attention_bwd", &cpu::bi_attention_bwd, no_gil);
   m.def("attention_fwd", &attention_run<cpu::attention_fwd>, no_gil);
   m.def("attention_bwd", &attention_run<cpu::attention_bwd>, no_gil);
 

@@ -19,10 +19,14 @@ struct Buffers {
            Scratch::space(r.template rows<T>(), sizeof(T)) + Scratch::space(r.block, sizeof(T));
   }
   Buffers(Scratch& scratch, const Room& r)
-      : positions(scratch.take<int64_t>(r.keys)), keys(scratch.take<T>(r.keys * r.width_q)),
-        values(scratch.take<T>(r.keys * r.width_v)), queries(scratch.take<T>(r.block * r.width_q)),
-        scores(scratch.take<T>(r.scores)), dropped(scratch.take<T>(r.scores)),
-        out(scratch.take<T>(r.block * r.width_v)), rows(scratch.take<T>(r.template rows<T>())),
+      : positions(scratch.take<int64_t>(r.keys)),
+        keys(scratch.take<T>(r.keys * r.width_q)),
+        values(scratch.take<T>(r.keys * r.width_v)),
+        queries(scratch.take<T>(r.block * r.width_q)),
+        scores(scratch.take<T>(r.scores)),
+        dropped(scratch.take<T>(r.scores)),
+        out(scratch.take<T>(r.block * r.width_v)),
+        rows(scratch.take<T>(r.template rows<T>())),
         lse(scratch.take<T>(r.block)) {}
 };
 
@@ -31,13 +35,19 @@ class Forward {
   static constexpr int64_t lanes = Simd<T>::lanes;
   static constexpr T minus_infinity = Unit<T>::minus_infinity;
   const Attention& c;
+  const T* bias;
 
  public:
-  explicit Forward(const Attention& call) : c(call) {}
+  explicit Forward(const Attention& call, const T* shared_bias = nullptr) : c(call), bias(shared_bias) {}
 
   void unit(int64_t index, Buffers<T>& own) const {
-    Unit<T> u(c, index / c.heads, index % c.heads, own.positions);
-    copy_rows([&](int64_t k) { return u.key_row(k); }, c.dtype, u.nk, c.d, own.keys);
+    Unit<T> u(c, index / c.heads, index % c.heads, own.positions, bias);
+    const T* key_rows = own.keys;
+    int64_t key_stride = c.d;
+    if (u.keys_in_place())
+      key_rows = reinterpret_cast<const T*>(u.key.at), key_stride = c.key.row;
+    else
+      copy_rows([&](int64_t k) { return u.key_row(k); }, c.dtype, u.nk, c.d, own.keys);
     Panels<T>::pack_rows([&](int64_t k) { return u.value_row(k); }, c.dtype, u.nk, c.dv, own.values, own.rows);
     bool apart = u.masked_by_query();
     if (apart) own.apart.find(own.values, u.nk, c.dv);
@@ -61,7 +71,8 @@ class Forward {
         p = static_cast<T*>(c.kept) + index * c.sk * p_ld + i0;
       }
       Panels<T>::pack_columns([&](int64_t i) { return u.query[i0 + i]; }, c.dtype, queries, c.d, own.queries, own.rows);
-      Panels<T>::multiply(keys, ld, c.d, own.keys, c.d, Fixed<1>{}, own.queries, c.d, p, p_ld, false, true, ahead);
+      Panels<T>::multiply(keys, ld, c.d, key_rows, key_stride, Fixed<1>{}, own.queries, c.d, p, p_ld, false, true,
+                          ahead);
       u.softmax(p, p_ld, i0, queries, keys, c.lse ? own.lse : nullptr);
       const T* weights = p;
       int64_t weights_ld = p_ld;
@@ -85,13 +96,15 @@ class Forward {
   void slack() const {
     if (!c.cu_q) return;
     int64_t first = c.cu_q[c.sequences], size = c.heads * c.dv * bytes_of(c.dtype);
-    memset(static_cast<char*>(c.out) + first * size, 0, size_t((c.batch_q - first) * size));
+    zero_bytes(static_cast<char*>(c.out) + first * size, (c.batch_q - first) * size);
     if (c.lse) std::fill_n(static_cast<T*>(c.lse) + first * c.heads, (c.batch_q - first) * c.heads, minus_infinity);
   }
 
  private:
   char* out_row(const Unit<T>& u, int64_t i) const {
-    int64_t row = c.cu_q ? u.first_q + i : u.query.index ? u.sample_q * c.length_q + u.query.index[i] : u.sequence * c.sq + i;
+    int64_t row = c.cu_q          ? u.first_q + i
+                  : u.query.index ? u.sample_q * c.length_q + u.query.index[i]
+                                  : u.sequence * c.sq + i;
     return static_cast<char*>(c.out) + (row * c.heads + u.head) * c.dv * bytes_of(c.dtype);
   }
   T* lse_at(const Unit<T>& u, int64_t i) const {
@@ -103,8 +116,8 @@ class Forward {
   }
 
   // O = P V
-  void average(const Unit<T>& u, Buffers<T>& own, const T* weights, int64_t ld, int64_t i0, int64_t queries, int64_t keys,
-               bool apart, Ahead& ahead) const {
+  void average(const Unit<T>& u, Buffers<T>& own, const T* weights, int64_t ld, int64_t i0, int64_t queries,
+               int64_t keys, bool apart, Ahead& ahead) const {
     bool in_place = c.dtype == Plain<T>::stored && !u.query.index;
     T* out = in_place ? reinterpret_cast<T*>(out_row(u, i0)) : own.out;
     int64_t row = in_place ? c.heads * c.dv : Panels<T>::padded(c.dv);
@@ -124,9 +137,9 @@ class Forward {
         const T* from = rows + r * stride;
         if (!u.live) {
           narrow_row(from, T(1), keys, c.dtype, to);
-          memset(to + keys * size, 0, size_t((c.sk - keys) * size));
+          zero_bytes(to + keys * size, (c.sk - keys) * size);
         } else {
-          memset(to, 0, size_t(c.sk * size));
+          zero_bytes(to, c.sk * size);
           for (int64_t k = 0; k < keys; ++k) narrow_row(from + k, T(1), 1, c.dtype, to + u.live[k] * size);
         }
       }
@@ -137,10 +150,10 @@ class Forward {
   void pad(const Unit<T>& u) const {
     if (c.cu_q) return;
     for (int64_t i = u.nq; i < c.sq; ++i) {
-      memset(out_row(u, i), 0, size_t(c.dv * bytes_of(c.dtype)));
+      zero_bytes(out_row(u, i), c.dv * bytes_of(c.dtype));
       if (c.lse) *lse_at(u, i) = minus_infinity;
     }
-    if (c.probs && u.nq < c.sq) memset(probs_row(u, u.nq), 0, size_t((c.sq - u.nq) * c.sk * bytes_of(c.dtype)));
+    if (c.probs && u.nq < c.sq) zero_bytes(probs_row(u, u.nq), (c.sq - u.nq) * c.sk * bytes_of(c.dtype));
   }
 };
 
@@ -157,7 +170,16 @@ void forward(const Attention* const* calls, int count, int threads) {
     work += double(c.sequences * c.heads) * double(room.queries) * double(room.keys) * double(c.d + c.dv + 8);
   }
   threads = threads_for(work, units, threads);
-  Scratch scratch(threads * Buffers<T>::space(room));
+  int64_t bias_space = 0;
+  for (int i = 0; i < count; ++i) bias_space += Scratch::space(shared_bias_count<T>(*calls[i]), sizeof(T));
+  Scratch scratch(threads * Buffers<T>::space(room) + bias_space);
+  std::vector<Forward<T>> directions;
+  for (int i = 0; i < count; ++i) {
+    int64_t numbers = shared_bias_count<T>(*calls[i]);
+    T* bias = numbers ? scratch.take<T>(numbers) : nullptr;
+    if (bias) transpose_bias(*calls[i], bias);
+    directions.emplace_back(*calls[i], bias);
+  }
   std::vector<Buffers<T>> own;
   for (int t = 0; t < threads; ++t) own.emplace_back(scratch, room);
   // neighbouring heads share pages and cache lines
@@ -165,9 +187,10 @@ void forward(const Attention* const* calls, int count, int threads) {
   Queue queue(units, units >= 8 * threads * heads ? heads : 1);
   parallel(threads, [&](const Team& team) {
     queue.work([&](int64_t at) {
-      const Attention* const* call = calls;
-      for (; at >= (*call)->sequences * (*call)->heads; ++call) at -= (*call)->sequences * (*call)->heads;
-      Forward<T>(**call).unit(at, own[size_t(team.rank)]);
+      int which = 0;
+      for (; at >= calls[which]->sequences * calls[which]->heads; ++which)
+        at -= calls[which]->sequences * calls[which]->heads;
+      directions[size_t(which)].unit(at, own[size_t(team.rank)]);
     });
   });
 }

@@ -33,7 +33,7 @@ struct Attention {
   const int64_t *cu_q = nullptr, *cu_k = nullptr;            // [sequences + 1]
   // sequence b groups + g consists of these rows of sample b: [groups, sq], [groups, sk], -1 for no key
   const int64_t *rows_q = nullptr, *rows_k = nullptr, *regions = nullptr;
-  int64_t groups = 1;
+  int64_t groups = 1;                 // as many keys as queries: the sequences share no row
   const uint8_t* key_mask = nullptr;  // [batch_k, sk]
   int64_t key_mask_batch = 0, key_mask_column = 0;
   Plane mask, bias;
@@ -57,16 +57,46 @@ struct Attention {
   int64_t bias_shape[4] = {1, 1, 1, 1};
 };
 
+// Two softmaxes over one score matrix: b reads a along its rows, a reads b along its columns.
+struct BiAttention {
+  DType dtype = DType::float32;
+  int64_t batch = 0, heads = 0, sa = 0, sb = 0, d = 0, dv_a = 0, dv_b = 0;
+  Stream query_b, key_a, value_a, value_b;
+  double scale = 1, dropout_a = 0, dropout_b = 0;
+  uint64_t seed = 0;
+  const uint8_t *mask_a = nullptr, *mask_b = nullptr;  // [batch, sa], [batch, sb]
+  // Contiguous. out_a [batch, sa, H, dv_b] and out_b [batch, sb, H, dv_a]; the working type for the rest: lse [batch,
+  // H, s], top and share [2, batch, H, s], with which p = exp(x - top) share.
+  void *out_a = nullptr, *out_b = nullptr, *lse_a = nullptr, *lse_b = nullptr, *stats_a = nullptr, *stats_b = nullptr;
+  Stream d_out_a, d_out_b;
+  const void *d_lse_a = nullptr, *d_lse_b = nullptr;
+  void *d_query_b = nullptr, *d_key_a = nullptr, *d_value_a = nullptr, *d_value_b = nullptr;
+};
+
 // 0, or 1 if a length, an offset or an index leaves its stream.
 #define VLMFAST_ATTENTION_KERNELS                                           \
   int attention_fwd(const Attention* const* calls, int count, int threads); \
-  int attention_bwd(const Attention* const* calls, int count, int threads);
+  int attention_bwd(const Attention* const* calls, int count, int threads); \
+  int bi_attention_fwd(const BiAttention& call, int threads);               \
+  int bi_attention_bwd(const BiAttention& call, int threads);
 
 VLMFAST_ATTENTION_KERNELS
 
 }  // namespace vlmfast::cpu
 
-namespace vlmfast::scalar { using namespace cpu; VLMFAST_ATTENTION_KERNELS }
-namespace vlmfast::avx2 { using namespace cpu; VLMFAST_ATTENTION_KERNELS }
-namespace vlmfast::avx512 { using namespace cpu; VLMFAST_ATTENTION_KERNELS }
-namespace vlmfast::avx512bf16 { using namespace cpu; VLMFAST_ATTENTION_KERNELS }
+namespace vlmfast::scalar {
+using namespace cpu;
+VLMFAST_ATTENTION_KERNELS
+}  // namespace vlmfast::scalar
+namespace vlmfast::avx2 {
+using namespace cpu;
+VLMFAST_ATTENTION_KERNELS
+}  // namespace vlmfast::avx2
+namespace vlmfast::avx512 {
+using namespace cpu;
+VLMFAST_ATTENTION_KERNELS
+}  // namespace vlmfast::avx512
+namespace vlmfast::avx512bf16 {
+using namespace cpu;
+VLMFAST_ATTENTION_KERNELS
+}  // namespace vlmfast::avx512bf16

@@ -17,10 +17,13 @@ struct Buffers {
   Apart<T> apart_keys, apart_queries, apart_d_out;
 
   static int64_t space(const Room& r, int64_t bias) {
-    int64_t by_keys = 3 * Scratch::space(r.keys * r.width_q, sizeof(T)) + 2 * Scratch::space(r.keys * r.width_v, sizeof(T));
-    int64_t by_block = 3 * Scratch::space(r.block * r.width_q, sizeof(T)) + 2 * Scratch::space(r.block * r.width_v, sizeof(T));
+    int64_t by_keys =
+        3 * Scratch::space(r.keys * r.width_q, sizeof(T)) + 2 * Scratch::space(r.keys * r.width_v, sizeof(T));
+    int64_t by_block =
+        3 * Scratch::space(r.block * r.width_q, sizeof(T)) + 2 * Scratch::space(r.block * r.width_v, sizeof(T));
     return Scratch::space(r.keys, 8) + by_keys + by_block + 3 * Scratch::space(r.scores, sizeof(T)) +
-           Scratch::space(r.template rows<T>(), sizeof(T)) + Scratch::space(r.block, sizeof(T)) + Scratch::space(bias, 8);
+           Scratch::space(r.template rows<T>(), sizeof(T)) + Scratch::space(r.block, sizeof(T)) +
+           Scratch::space(bias, 8);
   }
   Buffers(Scratch& scratch, const Room& r, int64_t bias_count) {
     positions = scratch.take<int64_t>(r.keys);
@@ -35,8 +38,8 @@ struct Buffers {
   }
 };
 
-// How one direction is cut into pieces that share no gradient row; every number in it depends on the sizes alone, and so
-// do the sums, whatever the threads.
+// How one direction is cut into pieces that share no gradient row; every number in it depends on the sizes alone, and
+// so do the sums, whatever the threads.
 struct Plan {
   int64_t parts;       // of the sequences
   bool by_head;        // one head a piece, or all
@@ -45,15 +48,17 @@ struct Plan {
   int64_t slot_count;  // numbers in a slot: one sequence and head of the bias
 
   explicit Plan(const Attention& c) {
-    bool paired = c.pair_q != nullptr, gathered = c.rows_q != nullptr;
+    bool paired = c.pair_q != nullptr, gathered = c.rows_q != nullptr && c.sq != c.sk;
     bool same_batch = c.d_bias && c.bias_shape[0] == 1 && c.sequences > 1;
     bool same_head = c.d_bias && c.bias_shape[1] == 1 && c.heads > 1;
     accumulate = paired || gathered;
     slot_count = c.d_bias ? c.bias_shape[2] * c.bias_shape[3] : 0;
     int64_t few = std::clamp<int64_t>((int64_t(32) << 20) / (8 * std::max<int64_t>(slot_count * c.heads, 1)), 1, 16);
     by_head = !same_head || (paired && same_batch);
-    parts = paired ? 1 : gathered ? c.sequences / std::max<int64_t>(c.groups, 1) : same_batch ? std::min(few, c.sequences)
-                                                                                             : c.sequences;
+    parts = paired       ? 1
+            : gathered   ? c.sequences / std::max<int64_t>(c.groups, 1)
+            : same_batch ? std::min(few, c.sequences)
+                         : c.sequences;
     shared_bias = same_batch;
   }
   int64_t pieces(const Attention& c) const { return by_head ? parts * c.heads : parts; }
@@ -66,9 +71,11 @@ class Backward {
   const Attention& c;
   const Plan& plan;
   double* shared;  // [pieces][slot_count]
+  const T* shared_bias;
 
  public:
-  Backward(const Attention& call, const Plan& p, double* sums) : c(call), plan(p), shared(sums) {}
+  Backward(const Attention& call, const Plan& p, double* sums, const T* bias)
+      : c(call), plan(p), shared(sums), shared_bias(bias) {}
 
   void piece(int64_t index, Buffers<T>& own) const {
     int64_t part = plan.by_head ? index / c.heads : index;
@@ -83,9 +90,10 @@ class Backward {
         if (c.d_bias && !one_slot && (h == h0 || !whole_sequence)) std::fill_n(bias, plan.slot_count, 0.0);
         Ahead ahead;
         announce(index, s, h, s1, h0, h1, ahead);
-        unit(Unit<T>(c, s, h, own.positions), own, bias, ahead);
+        unit(Unit<T>(c, s, h, own.positions, shared_bias), own, bias, ahead);
         if (c.d_bias && !one_slot && (h + 1 == h1 || !whole_sequence))
-          write_bias(bias, whole_sequence ? (c.bias_shape[0] == 1 ? 0 : s) : (c.bias_shape[0] == 1 ? 0 : s) * c.heads + h);
+          write_bias(bias,
+                     whole_sequence ? (c.bias_shape[0] == 1 ? 0 : s) : (c.bias_shape[0] == 1 ? 0 : s) * c.heads + h);
       }
   }
 
@@ -108,13 +116,13 @@ class Backward {
       if (!at) return;
       int64_t rows = cu ? batch : batch * length, first = cu ? cu[c.sequences] : 0;
       if (!cu && !plan.accumulate) return;
-      memset(static_cast<char*>(at) + first * c.heads * width * size, 0, size_t((rows - first) * c.heads * width * size));
+      zero_bytes(static_cast<char*>(at) + first * c.heads * width * size, (rows - first) * c.heads * width * size);
     };
     zero(c.d_query, c.batch_q, c.length_q, c.d, c.cu_q);
     zero(c.d_key, c.batch_k, c.length_k, c.d, c.cu_k);
     zero(c.d_value, c.batch_k, c.length_k, c.dv, c.cu_k);
     if (c.d_bias && c.sequences * c.heads == 0)
-      memset(c.d_bias, 0, size_t(c.bias_shape[0] * c.bias_shape[1] * plan.slot_count * bytes_of(c.bias_dtype)));
+      zero_bytes(c.d_bias, c.bias_shape[0] * c.bias_shape[1] * plan.slot_count * bytes_of(c.bias_dtype));
   }
 
  private:
@@ -132,7 +140,8 @@ class Backward {
     return static_cast<char*>(c.d_query) + (row * c.heads + u.head) * c.d * bytes_of(c.gradient_dtype);
   }
   char* key_gradient(const Unit<T>& u, void* start, int64_t width, int64_t position) const {
-    int64_t row = c.cu_k ? u.first_k + position : u.sample_k * c.length_k + (u.key.index ? u.key.index[position] : position);
+    int64_t row =
+        c.cu_k ? u.first_k + position : u.sample_k * c.length_k + (u.key.index ? u.key.index[position] : position);
     return static_cast<char*>(start) + (row * c.heads + u.head) * width * bytes_of(c.gradient_dtype);
   }
   void write_row(const T* from, T factor, int64_t width, char* to) const {
@@ -152,7 +161,7 @@ class Backward {
       if (k < u.nk && u.position(k) == position)
         write_row(from + k++ * stride, factor, width, key_gradient(u, start, width, position));
       else if (!plan.accumulate)
-        memset(key_gradient(u, start, width, position), 0, size_t(width * bytes_of(c.gradient_dtype)));
+        zero_bytes(key_gradient(u, start, width, position), width * bytes_of(c.gradient_dtype));
     }
   }
 
@@ -197,7 +206,8 @@ class Backward {
       std::fill_n(own.d_values, u.nk * vp, T(0));
     }
     for (int64_t i0 = 0; i0 < u.nq; i0 += size) {
-      int64_t queries = std::min(size, u.nq - i0), keys = u.limit(i0 + queries), ld = round_up(queries, lanes), p_ld = ld;
+      int64_t queries = std::min(size, u.nq - i0), keys = u.limit(i0 + queries), ld = round_up(queries, lanes),
+              p_ld = ld;
       auto query_row = [&](int64_t i) { return u.query[i0 + i]; };
       auto d_out_row = [&](int64_t i) { return d_out[i0 + i]; };
       const T* p = own.p;
@@ -206,7 +216,8 @@ class Backward {
         p = static_cast<const T*>(c.kept) + (u.sequence * c.heads + u.head) * c.sk * p_ld + i0;
       } else {
         Panels<T>::pack_columns(query_row, c.dtype, queries, c.d, own.query_columns, own.rows);
-        Panels<T>::multiply(keys, ld, c.d, own.keys, c.d, Fixed<1>{}, own.query_columns, c.d, own.p, ld, false, true, ahead);
+        Panels<T>::multiply(keys, ld, c.d, own.keys, c.d, Fixed<1>{}, own.query_columns, c.d, own.p, ld, false, true,
+                            ahead);
         u.softmax(own.p, ld, i0, queries, keys, nullptr);
       }
       if (c.dropout > 0) u.dropout_factors(own.factor, ld, i0, queries, keys);
@@ -219,17 +230,19 @@ class Backward {
         }
         Panels<T>::pack_rows(d_out_row, c.dtype, queries, c.dv, own.d_out_panels, own.rows);
         if (apart) own.apart_d_out.find(own.d_out_panels, queries, c.dv);
-        Panels<T>::multiply(keys, c.dv, queries, weights, weights_ld, Fixed<1>{}, own.d_out_panels, queries, own.d_values, vp,
-                            add, true, ahead);
+        Panels<T>::multiply(keys, c.dv, queries, weights, weights_ld, Fixed<1>{}, own.d_out_panels, queries,
+                            own.d_values, vp, add, true, ahead);
         if (apart) own.apart_d_out.add(keys, weights, weights_ld, 1, queries, own.d_values, vp);
       }
       if (!scores) continue;
       Panels<T>::pack_columns(d_out_row, c.dtype, queries, c.dv, own.d_out_columns, own.rows);
-      Panels<T>::multiply(keys, ld, c.dv, own.values, c.dv, Fixed<1>{}, own.d_out_columns, c.dv, own.x, ld, false, true, ahead);
+      Panels<T>::multiply(keys, ld, c.dv, own.values, c.dv, Fixed<1>{}, own.d_out_columns, c.dv, own.x, ld, false, true,
+                          ahead);
       score_gradients(u, own, p, p_ld, ld, i0, queries, keys);
       if (c.d_bias) add_bias(u, own.x, ld, i0, queries, keys, bias);
       if (c.d_query) {
-        Panels<T>::multiply(queries, c.d, keys, own.x, Fixed<1>{}, ld, own.key_panels, u.nk, own.d_queries, dp, false, true, ahead);
+        Panels<T>::multiply(queries, c.d, keys, own.x, Fixed<1>{}, ld, own.key_panels, u.nk, own.d_queries, dp, false,
+                            true, ahead);
         if (apart) own.apart_keys.add(queries, own.x, 1, ld, keys, own.d_queries, dp);
         for (int64_t i = 0; i < queries; ++i)
           write_row(own.d_queries + i * dp, T(c.scale), c.d, query_gradient(u, i0 + i));
@@ -237,19 +250,20 @@ class Backward {
       if (c.d_key) {
         Panels<T>::pack_rows(query_row, c.dtype, queries, c.d, own.query_panels, own.rows);
         if (apart) own.apart_queries.find(own.query_panels, queries, c.d);
-        Panels<T>::multiply(keys, c.d, queries, own.x, ld, Fixed<1>{}, own.query_panels, queries, own.d_keys, dp, add, true, ahead);
+        Panels<T>::multiply(keys, c.d, queries, own.x, ld, Fixed<1>{}, own.query_panels, queries, own.d_keys, dp, add,
+                            true, ahead);
         if (apart) own.apart_queries.add(keys, own.x, ld, 1, queries, own.d_keys, dp);
       }
     }
     write_keys(u, own.d_keys, T(c.scale), c.d, c.d_key);
     write_keys(u, own.d_values, T(1), c.dv, c.d_value);
     if (c.d_query && !plan.accumulate && !c.cu_q)
-      for (int64_t i = u.nq; i < c.sq; ++i) memset(query_gradient(u, i), 0, size_t(c.d * bytes_of(c.gradient_dtype)));
+      for (int64_t i = u.nq; i < c.sq; ++i) zero_bytes(query_gradient(u, i), c.d * bytes_of(c.gradient_dtype));
   }
 
   // own.x: V dO^T becomes dS^T.
-  void score_gradients(const Unit<T>& u, Buffers<T>& own, const T* p, int64_t p_ld, int64_t ld, int64_t i0, int64_t queries,
-                       int64_t keys) const {
+  void score_gradients(const Unit<T>& u, Buffers<T>& own, const T* p, int64_t p_ld, int64_t ld, int64_t i0,
+                       int64_t queries, int64_t keys) const {
     T* x = own.x;
     auto add_probs = [&] {
       int64_t start = (u.sequence * c.heads + u.head) * c.sq;
@@ -284,7 +298,8 @@ class Backward {
            (c.cu_q ? (u.first_q + i) * c.heads + u.head : (u.sequence * c.heads + u.head) * c.sq + i);
   }
 
-  void add_bias(const Unit<T>& u, const T* x, int64_t ld, int64_t i0, int64_t queries, int64_t keys, double* sums) const {
+  void add_bias(const Unit<T>& u, const T* x, int64_t ld, int64_t i0, int64_t queries, int64_t keys,
+                double* sums) const {
     int64_t rows = c.bias_shape[2], columns = c.bias_shape[3];
     for (int64_t k = 0; k < keys; ++k) {
       double* to = sums + (columns == 1 ? 0 : u.position(k)) * rows;
@@ -316,11 +331,17 @@ void backward(const Attention* const* calls, int count, int threads) {
     work += double(c.sequences * c.heads) * double(room.queries) * double(room.keys) * 2 * double(c.d + c.dv + 8);
   }
   threads = threads_for(work, pieces, threads);
-  Scratch scratch(threads * Buffers<T>::space(room, slot_count) + Scratch::space(shared_count, 8));
+  // what was kept needs no scores
+  auto bias_count = [&](const Attention& c) { return c.kept ? 0 : shared_bias_count<T>(c); };
+  int64_t bias_space = 0;
+  for (int i = 0; i < count; ++i) bias_space += Scratch::space(bias_count(*calls[i]), sizeof(T));
+  Scratch scratch(threads * Buffers<T>::space(room, slot_count) + Scratch::space(shared_count, 8) + bias_space);
   double* shared = scratch.take<double>(shared_count);
   std::vector<Backward<T>> directions;
   for (int i = 0; i < count; ++i) {
-    directions.emplace_back(*calls[i], plans[size_t(i)], shared).clear();
+    T* bias = bias_count(*calls[i]) ? scratch.take<T>(bias_count(*calls[i])) : nullptr;
+    if (bias) transpose_bias(*calls[i], bias);
+    directions.emplace_back(*calls[i], plans[size_t(i)], shared, bias).clear();
     if (plans[size_t(i)].shared_bias) shared += plans[size_t(i)].pieces(*calls[i]) * plans[size_t(i)].slot_count;
   }
   std::vector<Buffers<T>> own;
@@ -330,7 +351,8 @@ void backward(const Attention* const* calls, int count, int threads) {
   parallel(threads, [&](const Team& team) {
     queue.work([&](int64_t at) {
       int which = 0;
-      for (; at >= plans[size_t(which)].pieces(*calls[which]); ++which) at -= plans[size_t(which)].pieces(*calls[which]);
+      for (; at >= plans[size_t(which)].pieces(*calls[which]); ++which)
+        at -= plans[size_t(which)].pieces(*calls[which]);
       directions[size_t(which)].piece(at, own[size_t(team.rank)]);
     });
   });

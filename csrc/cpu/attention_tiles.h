@@ -10,6 +10,11 @@
 namespace vlmfast {
 namespace {
 
+// memset wants an address even for nothing.
+inline void zero_bytes(void* at, int64_t bytes) {
+  if (bytes > 0) memset(at, 0, size_t(bytes));
+}
+
 template <int step, class V, int... lane>
 inline void exchange(V& a, V& b, std::integer_sequence<int, lane...>) {
   constexpr int lanes = sizeof...(lane);
@@ -18,7 +23,8 @@ inline void exchange(V& a, V& b, std::integer_sequence<int, lane...>) {
   a = low;
 }
 
-// A square of `lanes` vectors, in place: stage by stage one bit of the row number changes places with one of the column.
+// A square of `lanes` vectors, in place: stage by stage one bit of the row number changes places with one of the
+// column.
 template <class T, int step = 1>
 inline void transpose(Vec<T>* rows) {
   constexpr int lanes = Simd<T>::lanes;
@@ -30,8 +36,8 @@ inline void transpose(Vec<T>* rows) {
   }
 }
 
-// What the next unit will read, fetched into the cache a few lines at a time while this one computes: packing is bursts of
-// misses otherwise, with nothing to do beside them.
+// What the next unit will read, fetched into the cache a few lines at a time while this one computes: packing is bursts
+// of misses otherwise, with nothing to do beside them.
 class Ahead {
   struct Part {
     const char* at;
@@ -68,6 +74,32 @@ class Ahead {
   }
 };
 
+// exp of numbers that are not large: simd.h's without what bounds it from above.
+template <class T>
+inline Vec<T> exp_of_difference(Vec<T> x) {
+  constexpr bool single = sizeof(T) == 4;
+  constexpr T low = single ? T(-87.33) : T(-708.39);
+  constexpr T round = single ? T(0x1.8p23) : T(0x1.8p52);
+  constexpr T ln2_high = single ? T(0x1.62e4p-1) : T(0x1.62e42fee00000p-1);
+  constexpr T ln2_low = single ? T(0x1.7f7d1cp-20) : T(0x1.a39ef35793c76p-33);
+  constexpr int mantissa = single ? 23 : 52, terms = single ? 7 : 13;
+  Vec<T> shifted = x * T(1.4426950408889634) + round, n = shifted - round;
+  Vec<T> r = x - n * ln2_high;
+  r = r - n * ln2_low;
+  T factorial[terms + 1] = {1};
+  for (int k = 1; k <= terms; ++k) factorial[k] = factorial[k - 1] / k;
+  Vec<T> value = broadcast(factorial[terms]);
+#pragma GCC unroll 16
+  for (int k = terms - 1; k >= 0; --k) value = value * r + factorial[k];
+  typename Simd<T>::I bits, power;
+  memcpy(&power, &shifted, sizeof power);
+  memcpy(&bits, &value, sizeof bits);
+  bits += power << mantissa;
+  memcpy(&value, &bits, sizeof value);
+  value = x < low ? Vec<T>{} : value;
+  return x != x ? x : value;
+}
+
 // The B operand of a product, K steps of N columns: panels of two vectors, the last of one where that is enough.
 template <class T>
 struct Panels {
@@ -81,8 +113,8 @@ struct Panels {
     return panels + first * depth + k * std::min(wide, n_padded - first) + (n - first);
   }
 
-  // C[M, N] (+)= A[M, K] B[K, N] with the first K of the `depth` steps that were packed; with `room` the rows of C may be
-  // written up to the padded width.
+  // C[M, N] (+)= A[M, K] B[K, N] with the first K of the `depth` steps that were packed; with `room` the rows of C may
+  // be written up to the padded width.
   template <class StrideI, class StrideK>
   static void multiply(int64_t M, int64_t N, int64_t K, const T* a, StrideI a_i, StrideK a_k, const T* b, int64_t depth,
                        T* c, int64_t c_row, bool accumulate, bool room, Ahead& ahead) {
@@ -90,9 +122,12 @@ struct Panels {
     auto fetch = [&] { ahead.fetch(); };
     Gemm<Plain<T>>::run(M, std::min(N, full), K, a, a_i, a_k, b, wide * depth, c, c_row, accumulate, room, fetch);
     if (N > full)
-      Gemm<Plain<T>, 1>::run(M, N - full, K, a, a_i, a_k, b + full * depth, 0, c + full, c_row, accumulate, room, fetch);
+      Gemm<Plain<T>, 1>::run(M, N - full, K, a, a_i, a_k, b + full * depth, 0, c + full, c_row, accumulate, room,
+                             fetch);
   }
-  static int64_t tiles(int64_t M, int64_t N) { return ceil_div(M, int64_t(Gemm<Plain<T>>::MR)) * ceil_div(padded(N), wide); }
+  static int64_t tiles(int64_t M, int64_t N) {
+    return ceil_div(M, int64_t(Gemm<Plain<T>>::MR)) * ceil_div(padded(N), wide);
+  }
 
   // Row k of the operand is row k of a matrix.
   template <class RowAt>
@@ -156,7 +191,7 @@ void copy_rows(RowAt row_at, DType dtype, int64_t count, int64_t width, T* to) {
   for (int64_t i = 0; i < count; ++i) {
     const char* from = row_at(i);
     if (dtype == Plain<T>::stored)
-      memcpy(to + i * width, from, size_t(width) * sizeof(T));
+      std::copy_n(reinterpret_cast<const T*>(from), width, to + i * width);
     else
       widen_row(from, dtype, width, to + i * width);
   }

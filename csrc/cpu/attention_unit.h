@@ -1,19 +1,14 @@
 // One head of one sequence: where its rows are, which keys are live, and the softmax of a block of its queries.
 #pragma once
-#include <atomic>
 #include <vector>
 
-#include "../common/philox.h"
-#include "attention.h"
-#include "attention_tiles.h"
-#include "parallel.h"
+#include "attention_dropout.h"
+#include "attention_work.h"
 
 namespace vlmfast::VLMFAST_ISA {
 namespace {
 
 using namespace cpu;
-
-constexpr int most_threads = 64;
 
 // Rows of one head of one sample.
 struct Rows {
@@ -25,8 +20,9 @@ struct Rows {
 
 inline Rows rows_of(const Stream& stream, DType dtype, int64_t sample, int64_t first, int64_t head) {
   int64_t size = bytes_of(dtype);
-  return {static_cast<const char*>(stream.at) + (sample * stream.batch + first * stream.row + head * stream.head) * size,
-          stream.row * size};
+  return {
+      static_cast<const char*>(stream.at) + (sample * stream.batch + first * stream.row + head * stream.head) * size,
+      stream.row * size};
 }
 
 template <class T>
@@ -73,10 +69,13 @@ struct Unit {
   int64_t nq, nk;                                     // queries, live keys
   const int64_t* live;                                // positions of the keys, or null for 0, 1, ..
   Rows query, key, value;
-  int64_t offset, prefix;  // query i sees key j <= i + offset, and j < prefix
+  const T* bias_columns = nullptr;  // the bias of this head, [sk][sq rounded up], where all sequences share it
+  int64_t offset, prefix;           // query i sees key j <= i + offset, and j < prefix
 
   // `positions` has room for sk numbers; without it all keys count as live.
-  Unit(const Attention& call, int64_t s, int64_t h, int64_t* positions) : c(call), sequence(s), head(h) {
+  Unit(const Attention& call, int64_t s, int64_t h, int64_t* positions, const T* shared_bias = nullptr)
+      : c(call), sequence(s), head(h) {
+    if (shared_bias) bias_columns = shared_bias + (c.bias.head ? h : 0) * c.sk * round_up(c.sq, lanes);
     bool gathered = c.rows_q != nullptr;
     sample_q = c.pair_q ? c.pair_q[s] : gathered ? s / c.groups : s;
     sample_k = c.pair_k ? c.pair_k[s] : gathered ? s / c.groups : s;
@@ -99,10 +98,18 @@ struct Unit {
     if (positions) find_live(positions);
   }
 
-  bool masked_by_query() const { return (c.mask.at && c.mask.row) || (c.bias.at && c.bias.row) || c.causal || c.regions; }
+  bool masked_by_query() const {
+    return (c.mask.at && c.mask.row) || (c.bias.at && c.bias.row) || c.causal || c.regions;
+  }
   int64_t position(int64_t k) const { return live ? live[k] : k; }
   const char* key_row(int64_t k) const { return key[position(k)]; }
   const char* value_row(int64_t k) const { return value[position(k)]; }
+  // Keys that can be multiplied where they are: plain rows whose distance does not map them all to one set of the
+  // cache.
+  bool keys_in_place() const {
+    return c.dtype == Plain<T>::stored && !live && !key.index && key.bytes % 4096 && key.bytes > 0;
+  }
+
   // Fetches the rows of this unit while another computes.
   void announce(Ahead& ahead) const {
     if (query.index || !memory_bound(c)) return;
@@ -124,10 +131,10 @@ struct Unit {
   void find_live(int64_t* positions) {
     bool by_mask = c.mask.at && !c.mask.row, by_bias = c.bias.at && !c.bias.row;
     if (!c.key_mask && !by_mask && !by_bias && !(c.rows_k)) return;
-    const uint8_t* own = c.key_mask
-        ? c.key_mask + (c.cu_k ? first_k * c.key_mask_column : sample_k * c.key_mask_batch) : nullptr;
-    const uint8_t* shared = by_mask
-        ? static_cast<const uint8_t*>(c.mask.at) + group * c.mask.batch + head * c.mask.head : nullptr;
+    const uint8_t* own =
+        c.key_mask ? c.key_mask + (c.cu_k ? first_k * c.key_mask_column : sample_k * c.key_mask_batch) : nullptr;
+    const uint8_t* shared =
+        by_mask ? static_cast<const uint8_t*>(c.mask.at) + group * c.mask.batch + head * c.mask.head : nullptr;
     int64_t found = 0;
     for (int64_t j = 0; j < nk; ++j) {
       bool seen = (!own || own[j * c.key_mask_column]) && (!shared || shared[j * c.mask.column]) &&
@@ -175,9 +182,18 @@ struct Unit {
   // Dot products of queries [i0, i0 + queries) become scores: scale, then bias, then -inf where a pair is not live.
   void adjust(T* x, int64_t ld, int64_t i0, int64_t queries, int64_t keys) const {
     T scale = T(c.scale);
-    for (int64_t k = 0; k < keys; ++k)
+    for (int64_t k = 0; k < keys && !bias_columns; ++k)
       for (int64_t i = 0; i < queries; i += lanes) store(x + k * ld + i, V(load(x + k * ld + i) * scale));
-    if (c.bias.at && !c.bias.row) {
+    if (bias_columns) {
+      for (int64_t k = 0; k < keys; ++k) {
+        const T* from = bias_columns + position(k) * round_up(c.sq, lanes) + i0;
+        for (int64_t i = 0; i < queries; i += lanes) {
+          V bias = load(from + i), score = load(x + k * ld + i) * scale + bias;
+          // a key that is not live may hold NaN
+          store(x + k * ld + i, V(bias == minus_infinity ? bias : score));
+        }
+      }
+    } else if (c.bias.at && !c.bias.row) {
       for (int64_t k = 0; k < keys; ++k) {
         T bias = value_at<T>(c.bias.at, c.bias_dtype, bias_start() + position(k) * c.bias.column);
         for (int64_t i = 0; i < queries; i += lanes) store(x + k * ld + i, V(load(x + k * ld + i) + bias));
@@ -190,21 +206,15 @@ struct Unit {
           },
           [&](int64_t k, int64_t i, V bias) {
             V score = load(x + k * ld + i) + bias;
-            // a key that is not live may hold NaN
             store(x + k * ld + i, V(bias == minus_infinity ? bias : score));
           });
     }
     if (c.mask.at && c.mask.row) {
       const uint8_t* start = static_cast<const uint8_t*>(c.mask.at) + group * c.mask.batch + head * c.mask.head;
-      visit_plane(
-          queries, keys,
-          [&](T* to, int64_t i, int64_t k, int64_t count) {
-            const uint8_t* row = start + (i0 + i) * c.mask.row;
-            for (int64_t j = 0; j < count; ++j) to[j] = T(row[position(k + j) * c.mask.column]);
-          },
-          [&](int64_t k, int64_t i, V seen) {
-            store(x + k * ld + i, V(seen != T(0) ? load(x + k * ld + i) : broadcast(minus_infinity)));
-          });
+      for (int64_t i = 0; i < queries; i += lanes)
+        for (int64_t k = 0; k < keys; k += lanes)
+          exclude(x + k * ld + i, ld, start + (i0 + i) * c.mask.row, std::min(lanes, queries - i), k,
+                  std::min(lanes, keys - k));
     }
     if (c.causal) {
       for (int64_t k = limit_of_all(i0, keys); k < keys; ++k) {
@@ -219,8 +229,8 @@ struct Unit {
         }
       }
     }
-    if (c.regions) {
-      const int64_t* region = c.regions + group * c.sq;
+    const int64_t* region = c.regions ? c.regions + group * c.sq : nullptr;
+    if (region && std::count(region, region + c.sq, region[0]) < c.sq) {
       for (int64_t i = 0; i < queries; i += lanes) {
         I own{};
         for (int64_t l = 0; l < std::min(lanes, queries - i); ++l) own[l] = region[i0 + i + l];
@@ -229,6 +239,26 @@ struct Unit {
           store(x + k * ld + i, V(own == other ? load(x + k * ld + i) : broadcast(minus_infinity)));
         }
       }
+    }
+  }
+
+  // -inf where the mask, read from live key k on, is 0; most squares of a mask are all ones.
+  void exclude(T* x, int64_t ld, const uint8_t* mask, int64_t queries, int64_t k, int64_t keys) const {
+    uint8_t seen[lanes * lanes];
+    memset(seen, 1, sizeof seen);
+    for (int64_t r = 0; r < queries; ++r) {
+      const uint8_t* row = mask + r * c.mask.row;
+      if (!live && c.mask.column == 1)
+        memcpy(seen + r * lanes, row + k, size_t(keys));
+      else
+        for (int64_t j = 0; j < keys; ++j) seen[r * lanes + j] = row[position(k + j) * c.mask.column];
+    }
+    uint8_t all = 1;
+    for (int64_t e = 0; e < lanes * lanes; ++e) all &= seen[e];
+    if (all) return;
+    for (int64_t j = 0; j < keys; ++j) {
+      T* to = x + j * ld;
+      for (int64_t r = 0; r < lanes; ++r) to[r] = seen[r * lanes + j] ? to[r] : minus_infinity;
     }
   }
 
@@ -260,7 +290,7 @@ struct Unit {
       if (scale == 0) top = base = V{};
       V sum{};
       for (k = 0; k < keys; ++k) {
-        V e = exp<T>(load(column + k * ld) * scale - base);
+        V e = exp_of_difference<T>(load(column + k * ld) * scale - base);
         store(column + k * ld, e);
         sum += e;
       }
@@ -276,42 +306,40 @@ struct Unit {
   // The factor of each probability, 0 if it is dropped and 1 / (1 - rate) if it is kept. Positions along the keys count
   // in fours: one Philox call each.
   void dropout_factors(T* to, int64_t ld, int64_t i0, int64_t queries, int64_t keys) const {
-    uint64_t threshold = dropout_threshold(c.dropout);
-    T gain = c.dropout < 1 ? T(1 / (1 - c.dropout)) : T(0);
-    uint32_t least = uint32_t(std::min<uint64_t>(threshold, 0xffffffffu));
-    uint32_t unit = uint32_t(sequence * c.heads + head);
+    Dropout<T> dropout(c.dropout, c.seed, uint32_t(sequence * c.heads + head), c.direction);
     for (int64_t i = 0; i < queries; i += lanes) {
-      uint32_t words[4][lanes];
+      V factors[4];
       int64_t ready = -1;
       for (int64_t k = 0; k < keys; ++k) {
-        int64_t j = position(k), four = j >> 2;
-        if (four != ready) draw(unit, uint32_t(i0 + i), uint32_t(four), words), ready = four;
-        const uint32_t* word = words[j & 3];
-        T* factor = to + k * ld + i;
-        for (int l = 0; l < lanes; ++l) factor[l] = word[l] >= least ? gain : T(0);
+        int64_t j = position(k);
+        if (j >> 2 != ready) ready = j >> 2, dropout.draw(uint32_t(i0 + i), uint32_t(ready), factors);
+        store(to + k * ld + i, factors[j & 3]);
       }
-    }
-  }
-
- private:
-  // Philox for the queries row, row + 1, ..
-  void draw(uint32_t unit, uint32_t row, uint32_t four, uint32_t (&words)[4][lanes]) const {
-    for (int l = 0; l < lanes; ++l)
-      words[0][l] = unit, words[1][l] = c.direction, words[2][l] = row + uint32_t(l), words[3][l] = four;
-    uint32_t key_0 = uint32_t(c.seed), key_1 = uint32_t(c.seed >> 32);
-    for (int round = 0; round < philox_rounds; ++round) {
-      for (int l = 0; l < lanes; ++l) {
-        uint64_t first = uint64_t(philox_multiplier_0) * words[0][l];
-        uint64_t second = uint64_t(philox_multiplier_1) * words[2][l];
-        uint32_t a = uint32_t(second >> 32) ^ words[1][l] ^ key_0, b = uint32_t(first >> 32) ^ words[3][l] ^ key_1;
-        words[0][l] = a, words[1][l] = uint32_t(second), words[2][l] = b, words[3][l] = uint32_t(first);
-      }
-      key_0 += philox_step_0, key_1 += philox_step_1;
     }
   }
 };
 
-// What is not finite in a packed operand, kept apart so that 0 never multiplies it: a pair that is not live has weight 0.
+// Numbers of the bias as `Unit` wants it, 0 if sequences have their own or are too few to gain from it.
+template <class T>
+int64_t shared_bias_count(const Attention& c) {
+  int64_t count = (c.bias.head ? c.heads : 1) * c.sk * round_up(c.sq, Simd<T>::lanes);
+  bool shared = c.bias.at && c.bias.row && !c.bias.batch && c.sequences >= 4;
+  return shared && count * int64_t(sizeof(T)) <= int64_t(4) << 20 ? count : 0;
+}
+
+template <class T>
+void transpose_bias(const Attention& c, T* to) {
+  int64_t ld = round_up(c.sq, Simd<T>::lanes);
+  for (int64_t h = 0; h < (c.bias.head ? c.heads : 1); ++h, to += c.sk * ld)
+    for (int64_t j = 0; j < c.sk; ++j) {
+      for (int64_t i = 0; i < c.sq; ++i)
+        to[j * ld + i] = value_at<T>(c.bias.at, c.bias_dtype, h * c.bias.head + i * c.bias.row + j * c.bias.column);
+      std::fill(to + j * ld + c.sq, to + (j + 1) * ld, T(0));
+    }
+}
+
+// What is not finite in a packed operand, kept apart so that 0 never multiplies it: a pair that is not live has weight
+// 0.
 template <class T>
 struct Apart {
   struct Entry {
@@ -349,69 +377,12 @@ struct Apart {
 
 // to = a * b, both [keys][..]
 template <class T>
-void multiply_each(const T* a, int64_t a_ld, const T* b, int64_t b_ld, T* to, int64_t ld, int64_t queries, int64_t keys) {
+void multiply_each(const T* a, int64_t a_ld, const T* b, int64_t b_ld, T* to, int64_t ld, int64_t queries,
+                   int64_t keys) {
   for (int64_t k = 0; k < keys; ++k)
     for (int64_t i = 0; i < queries; i += Simd<T>::lanes)
       store(to + k * ld + i, Vec<T>(load(a + k * a_ld + i) * load(b + k * b_ld + i)));
 }
-
-// Hands out the numbers 0 .. count - 1, `few` at a time, to whichever thread is free.
-class Queue {
-  std::atomic<int64_t> next_{0};
-  int64_t count_, few_;
-
- public:
-  Queue(int64_t count, int64_t few) : count_(count), few_(few) {}
-  template <class Visit>
-  void work(Visit visit) {
-    for (int64_t at; (at = next_.fetch_add(few_, std::memory_order_relaxed)) < count_;)
-      for (int64_t i = at; i < std::min(at + few_, count_); ++i) visit(i);
-  }
-};
-
-inline int threads_for(double work, int64_t pieces, int threads) {
-  int64_t wanted = std::min<int64_t>({threads, most_threads, int64_t(work / 1e6) + 1, pieces});
-  return int(std::max<int64_t>(wanted, 1));
-}
-
-// The longest sequence of a stream.
-inline int64_t longest(const int64_t* cu, int64_t sequences, int64_t padded) {
-  if (!cu) return padded;
-  int64_t most = 0;
-  for (int64_t i = 0; i < sequences; ++i) most = std::max(most, cu[i + 1] - cu[i]);
-  return most;
-}
-
-// Queries that share one pass over the keys: the block of scores stays in the second-level cache.
-constexpr int64_t block_bytes = 192 << 10, most_queries = 256;
-template <class T>
-int64_t block_queries(int64_t queries, int64_t keys) {
-  constexpr int64_t unit = Panels<T>::wide;
-  int64_t fits = block_bytes / (std::max<int64_t>(keys, 1) * int64_t(sizeof(T))) / unit * unit;
-  return std::min(std::clamp<int64_t>(fits, unit, most_queries), round_up(std::max<int64_t>(queries, 1), Simd<T>::lanes));
-}
-
-// Numbers that the buffers of a thread must hold, at most, over all sequences of all directions.
-struct Room {
-  int64_t queries = 0, keys = 0, block = 0, scores = 0, width_q = 0, width_v = 0;
-
-  template <class T>
-  void cover(const Attention& c) {
-    int64_t sq = longest(c.cu_q, c.sequences, c.sq), sk = longest(c.cu_k, c.sequences, c.sk);
-    int64_t most = std::min(most_queries, round_up(std::max<int64_t>(sq, 1), Simd<T>::lanes));
-    queries = std::max(queries, sq);
-    keys = std::max(keys, sk);
-    block = std::max(block, most);
-    scores = std::max(scores, std::min(sk * most, std::max<int64_t>(block_bytes / int64_t(sizeof(T)), Panels<T>::wide * sk)));
-    width_q = std::max(width_q, Panels<T>::padded(c.d));
-    width_v = std::max(width_v, Panels<T>::padded(c.dv));
-  }
-  // A square of rows for transposing, a row of the widest kind.
-  template <class T>
-  int64_t rows() const {
-    return Simd<T>::lanes * std::max({width_q, width_v, Panels<T>::padded(keys)});
-  }
-};
 
 }  // namespace
 }  // namespace vlmfast::VLMFAST_ISA

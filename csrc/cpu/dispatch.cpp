@@ -79,5 +79,7 @@ int attention_fwd(const Attention* const* calls, int count, int threads) {
 int attention_bwd(const Attention* const* calls, int count, int threads) {
   VLMFAST_DISPATCH(attention_bwd(calls, count, threads))
 }
+int bi_attention_fwd(const BiAttention& call, int threads) { VLMFAST_DISPATCH(bi_attention_fwd(call, threads)) }
+int bi_attention_bwd(const BiAttention& call, int threads) { VLMFAST_DISPATCH(bi_attention_bwd(call, threads)) }
 
 }  // namespace vlmfast::cpu

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <vector>
@@ -192,6 +193,8 @@ void check(const Case& c) {
 
 }  // namespace
 
+#include "check_attention.h"
+
 int main() {
   struct Shape {
     int64_t n, m, d, offset;
@@ -214,6 +217,7 @@ int main() {
   double stats[2], other[2];
   Pairs pairs{&feature, &feature, DType::float32, 1, 1, 1, 1, 1, &nan, nullptr, nullptr, nullptr, nullptr, 0, 0, 0, 1};
   expect_close("NaN scale", info_nce_fwd({pairs, false, stats, other, nullptr, nullptr, true, true, 0}), 1, 0);
+  check_attention_family();
   std::printf("instruction set %s\n%d passed, %d failed\n", isa_name(), passed, failed);
   return failed != 0;
 }

@@ -1,322 +1,490 @@
-"""The attention family: native kernels and the reference against plain formulae in float64."""
-
-import math
+"""attention, cross_attention, co_attention and the packed forms against the formulae in float64."""
 
 import pytest
 import torch
-from tolerance import assert_no_worse_than_torch
+from attention_helpers import check, naive, outputs_and_gradients, prefix_mask, tensors
 
 import vlmfast
 from vlmfast.ops import (
     attention,
     attention_varlen,
-    axial_attention,
-    bi_attention,
     co_attention,
     co_attention_varlen,
     cross_attention,
     dropout_mask,
-    window_attention,
 )
-from vlmfast.ops.reference.attention import axial_mask
 
-BACKENDS = ["native", "reference"]
-
-
-def streams(batch, sa, sb, heads, d, dtype=torch.float32):
-    """(query_a, key_a, value_a, query_b, key_b, value_b) as views of one projection each, with strides of their own."""
-    a, b = (torch.randn(batch, s, 3, heads, d, dtype=torch.float64).to(dtype) for s in (sa, sb))
-    return [*a.unbind(2), *b.unbind(2)]
+# B, Sq, Sk, H, D, Dv
+SHAPES = [(2, 38, 37, 2, 128, 128), (1, 20, 36, 12, 64, 64), (2, 1, 5, 2, 8, 3), (1, 65, 101, 3, 20, 48),
+          (3, 7, 1, 1, 1, 1), (1, 300, 130, 1, 16, 16), (1, 33, 577, 1, 64, 40)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def plain(query, key, value, live=None, bias=None, keep=None, dropout=0.0, scale=None):
-    """[B, S, H, D] -> (out, probs, lse) by the formula; `live` is broadcastable to [B, H, Sq, Sk]."""
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    scores = (q @ k.mT) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    scores = scores if bias is None else scores + bias
-    if live is not None:
-        scores = scores.masked_fill(~live, -torch.inf)
-    probs = scores.softmax(-1)
-    dropped = probs if keep is None else probs * keep / (1 - dropout)
-    return (dropped @ v).transpose(1, 2), probs, scores.logsumexp(-1)
+def case(shape, dtype=torch.float32):
+    batch, sq, sk, heads, width, dv = shape
+    return tensors((batch, sq, heads, width), (batch, sk, heads, width), (batch, sk, heads, dv), dtype=dtype)
 
 
-def gradients(results, leaves, weights):
-    total = sum((result * weight.to(result.dtype)).sum() for result, weight in zip(results, weights, strict=True))
-    return torch.autograd.grad(total, leaves)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "B{}-Q{}-K{}-H{}-D{}-V{}".format(*s))
+def test_matches_definition(shape, dtype):
+    def ours(q, k, v):
+        return cross_attention(q, k, v).out
+
+    def formula(q, k, v, reorder=False):
+        return naive(q, k, v, reorder=reorder)[0]
+
+    # softmax over one key has no gradient with respect to the scores
+    check(ours, formula, case(shape, dtype), cancelling=(0, 1) if shape[2] == 1 else ())
 
 
-def compare(ours, definition, tensors, dtype):
-    """Outputs and all gradients of `ours` and `definition`, functions of the tensors that give a list of tensors."""
-    leaves = [x.detach().requires_grad_() for x in tensors]
-    mine = ours(*leaves)
-    weights = [torch.randn(x.shape, dtype=torch.float64) for x in mine]
-    results = [*mine, *gradients(mine, leaves, weights)]
-    wide = [x.detach().double().requires_grad_() for x in tensors]
-    true = definition(*wide)
-    truth = [*true, *gradients(true, wide, weights)]
-    # the formula in float32 from 16-bit inputs, rounded at the end
-    eager_leaves = [x.detach().requires_grad_() for x in tensors]
-    eager = definition(*(x if dtype == torch.float32 else x.float() for x in eager_leaves))
-    same = [*(x.to(y.dtype) for x, y in zip(eager, mine, strict=True)), *gradients(eager, eager_leaves, weights)]
-    for i, (a, b, c) in enumerate(zip(results, truth, same, strict=True)):
-        assert_no_worse_than_torch(a.detach(), b.detach(), c.detach(), factor=2.0 if i < len(mine) else 3.0,
-                                   what=f"result {i}")
+def masks(kind, batch, heads, sq, sk):
+    """(options of cross_attention, live pairs of the formula)"""
+    lengths_q, lengths_k = torch.randint(0, sq + 1, (batch,)), torch.randint(0, sk + 1, (batch,), dtype=torch.int32)
+    rows, columns = prefix_mask(lengths_q, sq)[:, None, :, None], prefix_mask(lengths_k, sk)[:, None, None, :]
+    position = torch.arange(sq)[:, None]
+    holes, plane = torch.rand(batch, sk) < 0.6, torch.rand(batch, sq, sk) < 0.5
+    full = torch.rand(batch, heads, sq, sk) < 0.5
+    prefix = torch.randint(0, sk + 1, (batch,))
+    offset = lengths_k[:, None, None, None] - lengths_q[:, None, None, None]
+    return {
+        "lengths": ({"lengths_q": lengths_q, "lengths_k": lengths_k}, rows & columns),
+        "holes": ({"mask": holes}, holes[:, None, None]),
+        "holes and lengths": ({"mask": holes, "lengths_k": lengths_k}, holes[:, None, None] & columns),
+        "plane": ({"mask": plane}, plane[:, None]),
+        "plane and lengths": ({"mask": plane, "lengths_q": lengths_q}, plane[:, None] & rows),
+        "full plane": ({"mask": full}, full),
+        "shared plane": ({"mask": plane[:1]}, plane[:1, None]),
+        "query mask": ({"mask": plane[:, :, :1]}, plane[:, None, :, :1].expand(-1, -1, -1, sk)),
+        "causal": ({"causal": True}, torch.arange(sk) <= position + sk - sq),
+        "causal and lengths": ({"causal": True, "lengths_q": lengths_q, "lengths_k": lengths_k},
+                               rows & columns & (torch.arange(sk) <= position + offset)),
+        "prefix": ({"prefix": prefix}, (torch.arange(sk) <= position + sk - sq)
+                   | (torch.arange(sk) < prefix[:, None, None, None])),
+        "one prefix": ({"prefix": 3, "mask": holes}, ((torch.arange(sk) <= position + sk - sq)
+                                                       | (torch.arange(sk) < 3)) & holes[:, None, None]),
+    }[kind]
 
 
-def key_live(lengths, size):
-    return (torch.arange(size) < lengths[:, None])[:, None, None, :]
+KINDS = ["lengths", "holes", "holes and lengths", "plane", "plane and lengths", "full plane", "shared plane",
+         "query mask", "causal", "causal and lengths", "prefix", "one prefix"]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (2, 20, 36, 3, 64), (3, 38, 101, 2, 17), (2, 130, 70, 1, 32)],
-                         ids=str)
-def test_co_attention_matches_two_plain_directions(shape, dtype, backend):
-    tensors = streams(*shape, dtype=dtype)
-    batch, sa, sb = shape[:3]
-    mask_b = torch.rand(batch, sb) < 0.7
-    mask_b[:, 0] = True
-    bias = torch.randn(1, shape[3], sa, 1).to(dtype)
+@pytest.mark.parametrize("shape", [(3, 19, 35, 2, 16, 24), (2, 40, 9, 1, 8, 8)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks(kind, shape):
+    batch, sq, sk, heads = shape[:4]
+    options, live = masks(kind, batch, heads, sq, sk)
 
-    def ours(qa, ka, va, qb, kb, vb, bias):
-        with vlmfast.backend(backend):
-            found = co_attention(qa, ka, va, qb, kb, vb, mask_b=mask_b, bias_a=bias, return_probs=True)
+    def ours(q, k, v):
+        return cross_attention(q, k, v, return_probs=True, **options)[:2]
+
+    def formula(q, k, v, reorder=False):
+        return naive(q, k, v, live=live, reorder=reorder)
+
+    check(ours, formula, case(shape))
+
+
+@pytest.mark.parametrize("kind", [None, "holes and lengths", "plane", "causal"])
+@pytest.mark.parametrize("bias_shape", ["bhqk", "1hqk", "b1qk", "11qk", "bh1k", "1h1k", "111k", "bhq1", "1111"])
+def test_bias_and_its_gradient(bias_shape, kind):
+    shape = batch, sq, sk, heads, *_ = 5, 17, 21, 3, 16, 16
+    sizes = {"b": batch, "h": heads, "q": sq, "k": sk, "1": 1}
+    bias = torch.randn([sizes[c] for c in bias_shape])
+    options, live = ({}, None) if kind is None else masks(kind, batch, heads, sq, sk)
+
+    def ours(q, k, v, b):
+        return cross_attention(q, k, v, bias=b, **options).out
+
+    def formula(q, k, v, b, reorder=False):
+        return naive(q, k, v, bias=b, live=live, reorder=reorder)[0]
+
+    # what is the same for all keys does not change a softmax
+    check(ours, formula, [*case(shape), bias], cancelling=(3,) if bias_shape[3] == "1" else ())
+
+
+def test_narrow_bias_has_a_narrow_gradient():
+    shape = 4, 17, 21, 3, 16, 16
+    leaves = [*case(shape, torch.bfloat16), torch.randn(1, 3, 17, 21).bfloat16()]
+    check(lambda q, k, v, b: cross_attention(q, k, v, bias=b).out,
+          lambda q, k, v, b, reorder=False: naive(q, k, v, bias=b, reorder=reorder)[0], leaves)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [None, "holes and lengths", "causal", "plane"])
+@pytest.mark.parametrize("probs_dropout", [False, True])
+def test_dropout_is_the_published_mask(kind, probs_dropout, dtype):
+    shape = batch, sq, sk, heads, *_ = 2, 18, 39, 2, 16, 16
+    options, live = ({}, None) if kind is None else masks(kind, batch, heads, sq, sk)
+    keep = dropout_mask(11, batch, heads, sq, sk, 0.3)
+
+    def ours(q, k, v):
+        return cross_attention(q, k, v, dropout=0.3, seed=11, return_probs=True, probs_dropout=probs_dropout,
+                               **options)[:2]
+
+    def formula(q, k, v, reorder=False):
+        out, probs = naive(q, k, v, live=live, dropout=0.3, seed=11, reorder=reorder)
+        return out, probs.masked_fill(~keep, 0.0) / 0.7 if probs_dropout else probs
+
+    check(ours, formula, case(shape, dtype))
+
+
+def test_dropout_of_everything_gives_zero():
+    q, k, v = case((2, 5, 6, 2, 8, 8))
+    outputs, gradients = outputs_and_gradients(lambda *x: cross_attention(*x, dropout=1.0, seed=1).out, (q, k, v))
+    assert not outputs[0].any() and not any(g.any() for g in gradients)
+
+
+def test_dropout_keeps_its_share_and_follows_the_generator():
+    assert abs(dropout_mask(3, 4, 8, 64, 100, 0.1).double().mean() - 0.9) < 0.002
+    masks = [dropout_mask(seed, 1, 2, 30, 40, 0.5, direction) for seed in (1, 2) for direction in (0, 1)]
+    assert all((a == b).double().mean() < 0.55 for i, a in enumerate(masks) for b in masks[:i])
+    q, k, v = case((1, 8, 8, 2, 8, 8))
+    torch.manual_seed(4)
+    first, second = (cross_attention(q, k, v, dropout=0.5).out for _ in range(2))
+    torch.manual_seed(4)
+    assert torch.equal(first, cross_attention(q, k, v, dropout=0.5).out) and not torch.equal(first, second)
+
+
+def test_random_words_are_philox():
+    # known answers of the algorithm's authors
+    from vlmfast.ops.reference.attention import philox
+
+    for word, key, expected in ((0, 0, (0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8)),
+                                (0xffffffff, 0xffffffff, (0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd))):
+        words = philox([torch.tensor(word)] * 4, [torch.tensor(key)] * 2)
+        assert tuple(int(w) for w in words) == expected
+
+
+@pytest.mark.parametrize("kind", [None, "lengths", "plane"])
+def test_log_sum_exp_and_its_gradient(kind):
+    shape = batch, sq, sk, heads, *_ = 2, 9, 23, 2, 16, 16
+    options, live = ({}, None) if kind is None else masks(kind, batch, heads, sq, sk)
+    seen = torch.ones(batch, heads, sq, sk, dtype=torch.bool) if live is None else live.expand(batch, heads, sq, sk)
+
+    def finite(lse):
+        return lse.masked_fill(~seen.any(-1), 0.0)
+
+    def ours(q, k, v):
+        out, _, lse = cross_attention(q, k, v, return_lse=True, **options)
+        assert (lse[~seen.any(-1)] == -torch.inf).all()
+        return out, finite(lse)
+
+    def formula(q, k, v, reorder=False):
+        scores = torch.einsum("bihd,bjhd->bhij", q, k) * 0.25
+        scores = scores.masked_fill(~seen & seen.any(-1, keepdim=True), -torch.inf)
+        return naive(q, k, v, live=live, reorder=reorder)[0], finite(scores.logsumexp(-1))
+
+    check(ours, formula, case(shape))
+
+
+def co_case(dtype=torch.float32, batch=3, sa=12, sb=19, heads=2, width=16):
+    a, b = (batch, sa, heads, width), (batch, sb, heads, width)
+    return tensors(a, a, a, b, b, b, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", ["plain", "lengths", "everything"])
+def test_co_attention_is_two_directions(options, dtype):
+    leaves = co_case(dtype)
+    lengths = torch.tensor([12, 0, 5]), torch.tensor([19, 7, 1])
+    holes = torch.rand(3, 12) < 0.7, torch.rand(3, 19) < 0.7
+    given, kwargs = {"plain": (False, {}), "lengths": (True, {"lengths_a": lengths[0], "lengths_b": lengths[1]}),
+                     "everything": (True, {"lengths_a": lengths[0], "lengths_b": lengths[1], "mask_a": holes[0],
+                                           "mask_b": holes[1], "dropout_a": 0.1, "dropout_b": 0.4, "seed": 9})}[options]
+    valid = [prefix_mask(n, s) for n, s in zip(lengths, (12, 19), strict=True)]
+    keys = [v & h if options == "everything" else v for v, h in zip(valid, holes, strict=True)]
+    live_a = valid[0][:, None, :, None] & keys[1][:, None, None] if given else None
+    live_b = valid[1][:, None, :, None] & keys[0][:, None, None] if given else None
+
+    def ours(*x):
+        found = co_attention(*x, return_probs=True, **kwargs)
         return found.out_a, found.out_b, found.probs_a, found.probs_b
 
-    def definition(qa, ka, va, qb, kb, vb, bias):
-        out_a, probs_a, _ = plain(qa, kb, vb, mask_b[:, None, None, :], bias)
-        out_b, probs_b, _ = plain(qb, ka, va)
-        return out_a, out_b, probs_a, probs_b
+    def formula(qa, ka, va, qb, kb, vb, reorder=False):
+        a = naive(qa, kb, vb, live=live_a, reorder=reorder, dropout=kwargs.get("dropout_a", 0.0), seed=9)
+        b = naive(qb, ka, va, live=live_b, reorder=reorder, dropout=kwargs.get("dropout_b", 0.0), seed=9, direction=1)
+        return a[0], b[0], a[1], b[1]
 
-    # a bias that is the same for all keys has no gradient to compare, so only one over keys as well does
-    bias = bias + torch.randn(1, shape[3], sa, sb).to(dtype)
-    if shape[1] > 1:
-        compare(ours, definition, [*tensors, bias], dtype)
-    else:
-        assert (ours(*tensors, bias)[0] - tensors[5]).abs().max() < 1e-6
+    check(ours, formula, leaves)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_lengths_skip_padding_and_what_stands_there(backend):
-    tensors = streams(4, 12, 19, 2, 16)
-    lengths_a, lengths_b = torch.tensor([12, 5, 1, 0]), torch.tensor([19, 7, 0, 4])
-    live_a, live_b = key_live(lengths_a, 12), key_live(lengths_b, 19)
-    clean = [x.double() for x in tensors]
-    for x, lengths in zip(tensors, (lengths_a,) * 3 + (lengths_b,) * 3, strict=True):
-        for i, length in enumerate(lengths):
-            x[i, length:] = torch.nan
-    leaves = [x.detach().requires_grad_() for x in tensors]
+def test_pair_indices_equal_expanded_inputs():
+    leaves = co_case(batch=4)
+    pair_a, pair_b = torch.tensor([0, 0, 3, 2, 0]), torch.tensor([1, 2, 3, 1, 1], dtype=torch.int32)
+    lengths, holes = torch.tensor([12, 3, 0, 7]), torch.rand(4, 19) < 0.7
+    bias = torch.randn(5, 1, 12, 19)
+    rows = {"a": pair_a, "b": pair_b.long()}
+
+    def ours(*x):
+        return co_attention(*x[:6], bias_a=x[6], lengths_a=lengths, mask_b=holes, pair_a=pair_a, pair_b=pair_b,
+                            dropout_a=0.2, seed=3)[:2]
+
+    def expanded(*x):
+        parts = [y[rows["a" if i < 3 else "b"]] for i, y in enumerate(x[:6])]
+        return co_attention(*parts, bias_a=x[6], lengths_a=lengths[pair_a], mask_b=holes[rows["b"]], dropout_a=0.2,
+                            seed=3)[:2]
+
+    indexed, copied = (outputs_and_gradients(f, [*leaves, bias]) for f in (ours, expanded))
+    for mine, other in zip(indexed, copied, strict=True):
+        for a, b in zip(mine, other, strict=True):
+            assert (a - b).norm() <= 2e-7 * b.norm()
+    narrow = [x.bfloat16() for x in leaves]
+    gradients = outputs_and_gradients(lambda *x: co_attention(*x, pair_a=pair_a, pair_b=pair_b)[:2], narrow)[1]
+    assert all(g.dtype == torch.bfloat16 for g in gradients)
+
+
+def pack(x, lengths):
+    return torch.cat([x[i, :n] for i, n in enumerate(lengths)])
+
+
+def test_packed_padded_and_single_sample_agree_bit_for_bit():
+    leaves = co_case(sa=40, sb=70, batch=4, width=32)
+    lengths_a, lengths_b = torch.tensor([40, 17, 0, 3]), torch.tensor([70, 33, 5, 1])
+    options = {"dropout_a": 0.1, "dropout_b": 0.2, "seed": 77}
+    cu_a, cu_b = (torch.cat([n.new_zeros(1), n.cumsum(0)]).int() for n in (lengths_a, lengths_b))
+    upstream = torch.randn(4, 40, 2, 32), torch.randn(4, 70, 2, 32)
+
+    def run(function, leaves, upstream):
+        leaves = [x.detach().clone().requires_grad_() for x in leaves]
+        outputs = function(*leaves)[:2]
+        return [*outputs, *torch.autograd.grad(outputs, leaves, upstream)]
+
+    def padded(*x):
+        return co_attention(*x, lengths_a=lengths_a, lengths_b=lengths_b, **options)
+
+    lengths = lengths_a, lengths_b, *[lengths_a] * 3, *[lengths_b] * 3
+    whole = run(padded, leaves, upstream)
+    # three rows behind the last sequence belong to nobody
+    nobody = torch.full((3, 2, 32), torch.nan)
+    packed = run(lambda *x: co_attention_varlen(*x, cu_a, cu_b, **options),
+                 [torch.cat([pack(x, n), nobody]) for x, n in zip(leaves, lengths[2:], strict=True)],
+                 [torch.cat([pack(u, n), nobody]) for u, n in zip(upstream, lengths, strict=False)])
+    for mine, other, n in zip(packed, whole, lengths, strict=True):
+        assert torch.equal(mine[:-3], pack(other, n)) and not mine[-3:].any()
+    # dropout counts sequences, so only the first can stand alone with it
+    alone = run(lambda *x: co_attention(*x, **options), [x[:1] for x in leaves], [u[:1] for u in upstream])
+    for mine, other in zip(alone, whole, strict=True):
+        assert torch.equal(mine[0], other[0])
+    single = run(lambda *x: co_attention(*x), [x[1:2, :n[1]] for x, n in zip(leaves, lengths[2:], strict=True)],
+                 [u[1:2, :n[1]] for u, n in zip(upstream, lengths, strict=False)])
+    plain = run(lambda *x: co_attention(*x, lengths_a=lengths_a, lengths_b=lengths_b), leaves, upstream)
+    for mine, other, n in zip(single, plain, lengths, strict=True):
+        assert torch.equal(mine[0], other[1, :n[1]])
+
+
+def test_packed_self_attention_is_causal_within_sequences():
+    q, k, v = (torch.randn(11, 2, 8) for _ in range(3))
+    cu = torch.tensor([0, 4, 4, 9])
+    found = attention_varlen(q, k, v, cu, causal=True, return_lse=True)
+    for start, end in ((0, 4), (4, 9)):
+        alone = attention(*(x[None, start:end] for x in (q, k, v)), causal=True, return_lse=True)
+        assert torch.equal(found.out[start:end], alone.out[0])
+        assert torch.equal(found.lse[start:end], alone.lse[0].T)
+    assert not found.out[9:].any() and (found.lse[9:] == -torch.inf).all()
+
+
+def test_queries_behind_a_cache_continue_the_sequence():
+    q, k, v = case((2, 12, 12, 2, 16, 16))
+    whole = attention(q, k, v, causal=True).out
+    cache_k, cache_v = (torch.cat([x, torch.full_like(x, torch.nan)], 1) for x in (k, v))
+    step = cross_attention(q[:, 9:], cache_k, cache_v, lengths_k=torch.tensor([12, 12]), causal=True).out
+    assert (step - whole[:, 9:]).abs().max() < 1e-6
+
+
+POISON = [torch.nan, torch.inf, -torch.inf]
+
+
+@pytest.mark.parametrize("poison", POISON)
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_masked_never_leaks(kind, backend, poison):
+    shape = batch, sq, sk, heads, *_ = 2, 18, 21, 2, 8, 8
+    options, live = masks(kind, batch, heads, sq, sk)
+    live = live.expand(batch, heads, sq, sk)
+    q, k, v = case(shape)
+    bad = torch.zeros(batch, sk, dtype=torch.bool)
+    bad[:, ::5] = True
+    # whatever sees a poisoned key may show it; everything else must be as before
+    touched = (live & bad[:, None, None]).any(-1).transpose(1, 2)
     with vlmfast.backend(backend):
-        found = co_attention(*leaves, lengths_a=lengths_a, lengths_b=lengths_b, return_lse=True)
-    grads = torch.autograd.grad(found.out_a.sum() + (found.out_b ** 2).sum(), leaves)
-    for result in (found.out_a, found.out_b, *grads):
-        assert torch.isfinite(result).all()
-    for out, queries, keys, size in ((found.out_a, live_a, live_b, 12), (found.out_b, live_b, live_a, 19)):
-        index = (0, 4, 5) if size == 12 else (3, 1, 2)
-        truth = plain(*(clean[i] for i in index), keys)[0].nan_to_num(0.0)
-        truth = torch.where(queries.squeeze(1).squeeze(1)[:, :, None, None], truth, 0.0)
-        assert (out - truth).abs().max() < 1e-5
-    assert found.lse_a[2].isneginf().all() and not found.out_a[2].any()
-    for grad, lengths in zip(grads, (lengths_a,) * 3 + (lengths_b,) * 3, strict=True):
-        for i, length in enumerate(lengths):
-            assert not grad[i, length:].any()
+        clean = cross_attention(q, k, v, **options).out
+        found = cross_attention(q, k.masked_fill(bad[:, :, None, None], poison),
+                                v.masked_fill(bad[:, :, None, None], poison), **options).out
+    assert torch.equal(found[~touched], clean[~touched])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_dropout_is_the_public_mask(backend):
-    tensors = streams(2, 9, 14, 3, 8)
-    keep_a, keep_b = dropout_mask(77, 2, 3, 9, 14, 0.3, 0), dropout_mask(77, 2, 3, 14, 9, 0.2, 1)
-
-    def ours(*x):
-        with vlmfast.backend(backend):
-            return co_attention(*x, dropout_a=0.3, dropout_b=0.2, seed=77)[:2]
-
-    def definition(qa, ka, va, qb, kb, vb):
-        return (plain(qa, kb, vb, keep=keep_a, dropout=0.3)[0], plain(qb, ka, va, keep=keep_b, dropout=0.2)[0])
-
-    compare(ours, definition, tensors, torch.float32)
-    assert 0.6 < keep_a.float().mean() < 0.8
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", ["causal", "prefix", "3-D mask", "4-D mask", "cache"])
-def test_masks_of_one_direction(case, backend):
-    query, key, value = torch.randn(2, 7, 2, 16), torch.randn(2, 11, 2, 16), torch.randn(2, 11, 2, 24)
-    rows, columns = torch.arange(7)[:, None], torch.arange(11)
-    mask = torch.rand(2, 1, 7, 11) < 0.6
-    mask[..., 0] = True
-    options, live = {
-        "causal": ({"causal": True}, columns <= rows + 4),
-        "prefix": ({"prefix": 6}, (columns <= rows + 4) | (columns < 6)),
-        "3-D mask": ({"mask": mask[:, 0]}, mask),
-        "4-D mask": ({"mask": mask.expand(2, 2, 7, 11)}, mask),
-        "cache": ({"lengths_k": torch.tensor([9, 8]), "causal": True},
-                  columns <= rows + (torch.tensor([9, 8]) - 7).view(2, 1, 1, 1)),
-    }[case]
-
-    def ours(*x):
-        with vlmfast.backend(backend):
-            found = cross_attention(*x, return_lse=True, **options)
-        return found.out, found.lse
-
-    def definition(*x):
-        out, _, lse = plain(*x, live)
-        return out, lse
-
-    compare(ours, definition, [query, key, value], torch.float32)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_pairs_equal_expanded_inputs(backend):
-    tensors = streams(3, 6, 8, 2, 16)
-    pair_a, pair_b = torch.tensor([0, 0, 2, 1]), torch.tensor([1, 2, 2, 0])
-
-    def ours(*x):
-        with vlmfast.backend(backend):
-            return co_attention(*x, pair_a=pair_a, pair_b=pair_b)[:2]
-
-    def definition(*x):
-        a, b = [y[pair_a] for y in x[:3]], [y[pair_b] for y in x[3:]]
-        return plain(a[0], b[1], b[2])[0], plain(b[0], a[1], a[2])[0]
-
-    compare(ours, definition, tensors, torch.float32)
-
-
-def test_packed_equals_padded_equals_single_bit_for_bit():
-    tensors = streams(3, 10, 15, 2, 16)
-    lengths_a, lengths_b = torch.tensor([10, 3, 7]), torch.tensor([4, 15, 9])
-    options = {"dropout_a": 0.2, "dropout_b": 0.1, "seed": 5}
-    padded = co_attention(*tensors, lengths_a=lengths_a, lengths_b=lengths_b, **options)
-
-    def pack(x, lengths):
-        return torch.cat([x[i, :length] for i, length in enumerate(lengths)])
-
-    packed = [pack(x, lengths_a) for x in tensors[:3]] + [pack(x, lengths_b) for x in tensors[3:]]
-    cu_a, cu_b = (torch.cat([torch.zeros(1, dtype=torch.int64), x.cumsum(0)]) for x in (lengths_a, lengths_b))
-    found = co_attention_varlen(*packed, cu_a, cu_b, **options)
-    assert torch.equal(found.out_a, pack(padded.out_a, lengths_a))
-    assert torch.equal(found.out_b, pack(padded.out_b, lengths_b))
-    # the first sample alone, without dropout's batch index in the way
-    alone = co_attention(*(x[:1, :10] for x in tensors[:3]), *(x[:1, :4] for x in tensors[3:]), **options)
-    assert torch.equal(alone.out_a[0], padded.out_a[0]) and torch.equal(alone.out_b[0], padded.out_b[0, :4])
-    self_attention = attention_varlen(*packed[:3], cu_a, causal=True)
-    whole = attention(*tensors[:3], lengths=lengths_a, causal=True)
-    assert torch.equal(self_attention.out, pack(whole.out, lengths_a))
-
-
-@pytest.mark.parametrize("threads", [2, 3])
-def test_threads_change_nothing(threads):
-    tensors = [x.requires_grad_() for x in streams(5, 33, 40, 3, 32)]
-    before, results = torch.get_num_threads(), []
-    try:
-        for count in (1, threads):
-            torch.set_num_threads(count)
-            found = co_attention(*tensors, dropout_a=0.1, seed=3)
-            results.append([*found[:2], *torch.autograd.grad(found.out_a.sum() + found.out_b.square().sum(), tensors)])
-    finally:
-        torch.set_num_threads(before)
+@pytest.mark.parametrize("poison", POISON)
+@pytest.mark.parametrize("kind", ["lengths", "holes", "plane", "causal"])
+def test_what_is_masked_never_reaches_a_gradient(kind, poison):
+    shape = batch, sq, sk, heads, *_ = 2, 18, 21, 2, 8, 8
+    options, live = masks(kind, batch, heads, sq, sk)
+    live = live.expand(batch, heads, sq, sk)
+    q, k, v = case(shape)
+    upstream = torch.randn(batch, sq, heads, 8)
+    unseen_k, unseen_q = ~live.any(1).any(1), ~live.any(1).any(2)
+    # a query that sees nothing and a key that nobody sees hold anything at all
+    results = []
+    for value in (0.0, poison):
+        leaves = [x.masked_fill(u[:, :, None, None], value).requires_grad_() for x, u in
+                  ((q, unseen_q), (k, unseen_k), (v, unseen_k))]
+        out = cross_attention(*leaves, **options).out
+        results.append(torch.autograd.grad(out, leaves, upstream.masked_fill(unseen_q[:, :, None, None], value)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    if kind in ("plane", "causal"):
+        # the last key is seen by some queries only: the others' gradients must not notice
+        dirty = v.clone()
+        dirty[:, -1] = poison
+        seen = live[..., -1].transpose(1, 2)
+        pair = [torch.autograd.grad(cross_attention(leaf, k, x, **options).out, leaf, upstream)[0]
+                for x in (v, dirty) for leaf in [q.detach().clone().requires_grad_()]]
+        assert torch.equal(pair[0][~seen], pair[1][~seen])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_finite_biases_are_literal(backend):
-    query, key, value = (torch.randn(1, 4, 1, 8) for _ in range(3))
+def test_finite_biases_are_honoured_literally():
+    q, k, v = case((2, 6, 9, 2, 16, 16))
+    plain = cross_attention(q, k, v).out
+    assert (cross_attention(q, k, v, bias=torch.full((2, 1, 1, 9), -10000.0)).out - plain).abs().max() < 2e-3
+    hidden = torch.zeros(2, 1, 1, 9)
+    hidden[:, :, :, 4:] = -10000.0
+    assert torch.equal(cross_attention(q, k, v, bias=hidden).out,
+                       cross_attention(q, k, v, bias=hidden.masked_fill(hidden < 0, -torch.inf)).out)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_row_without_keys_is_zero(backend):
+    q, k, v = (x.requires_grad_() for x in case((2, 5, 7, 2, 8, 8)))
+    mask = torch.rand(2, 5, 7) < 0.5
+    mask[0, 2] = False
+    bias = torch.zeros(2, 1, 5, 7)
+    bias[1, 0, 4] = -torch.inf
     with vlmfast.backend(backend):
-        # exact in float32: the scores lose digits to -10000, as they do in the public checkpoints' own code
-        out = attention(query, key, value, bias=torch.full((1, 1, 1, 4), -10000.0)).out
-        none = attention(query, key, value, bias=torch.full((1, 1, 1, 4), -torch.inf)).out
-    assert (out - plain(query, key, value)[0]).abs().max() < 2e-3
-    assert not none.any()
+        out, probs, lse = cross_attention(q, k, v, mask=mask, bias=bias, return_probs=True, return_lse=True)
+        d_q, d_k, d_v = torch.autograd.grad(out.sum() + probs.square().sum(), (q, k, v))
+    for b, i in ((0, 2), (1, 4)):
+        assert not out[b, i].any() and not probs[b, :, i].any() and not d_q[b, i].any()
+        assert (lse[b, :, i] == -torch.inf).all()
+    assert d_k.isfinite().all() and d_v.isfinite().all()
 
 
-def test_gradcheck_native():
-    tensors = [x.requires_grad_() for x in streams(2, 3, 4, 2, 3, torch.float64)]
-    bias = torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
-
-    def loss(bias, *x):
-        found = co_attention(*x, bias_a=bias, lengths_a=torch.tensor([3, 2]), dropout_b=0.2, seed=1, return_probs=True,
-                             return_lse=True)
-        # a query without keys has a log-sum-exp of -inf, whose difference quotient is not a number
-        return found.out_a, found.out_b, found.probs_a, found.lse_a[:, :, :2]
-
-    assert torch.autograd.gradcheck(loss, (bias, *tensors))
-
-
-def test_bi_attention_shares_one_score_matrix():
-    query_b, key_a, value_a, value_b = (torch.randn(2, s, 2, 16) for s in (13, 6, 6, 13))
-
-    def ours(*x):
-        found = bi_attention(*x)
-        return found.out_a, found.out_b
-
-    def definition(query_b, key_a, value_a, value_b):
-        return plain(key_a, query_b, value_b)[0], plain(query_b, key_a, value_a)[0]
-
-    compare(ours, definition, [query_b, key_a, value_a, value_b], torch.float32)
+@pytest.mark.parametrize("size", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (2, 3, 4)], ids=str)
+def test_empty_dimensions(size):
+    batch, sq, sk = size
+    q, k, v = case((batch, sq, sk, 2, 8, 8))
+    bias = torch.zeros(1, 2, sq, sk)
+    outputs, gradients = outputs_and_gradients(lambda q, k, v, b: cross_attention(q, k, v, bias=b).out, (q, k, v, bias))
+    assert outputs[0].shape == (batch, sq, 2, 8) and all(g.isfinite().all() for g in gradients)
+    if sk == 0:
+        assert not outputs[0].any() and not gradients[0].any()
+    none = tensors((2, 3, 0, 8), (2, 3, 0, 8), (2, 3, 0, 8))
+    assert cross_attention(*none).out.shape == (2, 3, 0, 8)
 
 
-@pytest.mark.parametrize("shift", [0, 2])
-def test_window_attention_equals_rolled_windows(shift):
-    qkv, bias = torch.randn(2, 8, 8, 3, 2, 8), torch.randn(2, 16, 16)
+def test_gradcheck():
+    shape = 2, 4, 5, 2, 3, 2
+    q, k, v = (x.double().requires_grad_() for x in case(shape))
+    bias = torch.randn(1, 2, 4, 5, dtype=torch.float64, requires_grad=True)
+    lengths, plane = torch.tensor([5, 3]), torch.rand(2, 4, 5) < 0.8
+    plane[:, :, 0] = True
+    for options in ({}, {"lengths_k": lengths}, {"mask": plane}, {"causal": True}, {"dropout": 0.3, "seed": 2},
+                    {"dropout": 0.3, "seed": 2, "probs_dropout": True}):
+        def function(q, k, v, b, o=options):
+            return cross_attention(q, k, v, bias=b, return_probs=True, return_lse=True, **o)
 
-    def definition(qkv, bias):
-        x = qkv.roll((-shift, -shift), (1, 2))
-
-        def windows(y):
-            return y.reshape(2, 2, 4, 2, 4, *y.shape[3:]).transpose(2, 3).flatten(3, 4).flatten(0, 2)
-
-        at = torch.arange(8)
-        band = (at >= 4).long() + (at >= 8 - shift).long() if shift else torch.zeros_like(at)
-        region = windows((3 * band[:, None] + band).expand(2, 8, 8)[..., None])[..., 0]
-        live = (region[:, :, None] == region[:, None, :])[:, None]
-        out = plain(*windows(x).unbind(2), live, bias)[0]
-        out = out.reshape(2, 2, 2, 4, 4, 2, 8).transpose(2, 3).reshape(2, 8, 8, 2, 8)
-        return [out.roll((shift, shift), (1, 2))]
-
-    compare(lambda qkv, bias: [window_attention(qkv, bias, window=4, shift=shift)], definition, [qkv, bias],
-            torch.float32)
-
-
-@pytest.mark.parametrize("mode", ["row", "col", "conv", "full"])
-def test_axial_attention_equals_masked_attention(mode):
-    tensors = [torch.randn(1, 5 + 16, 2, 8) for _ in range(3)]
-    live = axial_mask(5, (4, 4), mode, 3)
-    compare(lambda *x: [axial_attention(*x, text_len=5, grid=(4, 4), mode=mode, kernel=3)],
-            lambda *x: [plain(*x, live)[0]], tensors, torch.float32)
-    assert live.diagonal().all() and not live.triu(1).any() and live[5:, :5].all()
+        assert torch.autograd.gradcheck(function, (q, k, v, bias)), options
+    leaves = [x.double().requires_grad_() for x in co_case(batch=2, sa=3, sb=4, width=2)]
+    pairs = {"pair_a": torch.tensor([0, 1, 1]), "pair_b": torch.tensor([0, 0, 1])}
+    assert torch.autograd.gradcheck(lambda *x: co_attention(*x, **pairs)[:2], leaves)
+    packed = [torch.randn(7, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    assert torch.autograd.gradcheck(lambda *x: attention_varlen(*x, torch.tensor([0, 2, 6])).out, packed)
 
 
 def test_second_derivative_is_refused():
-    tensors = [x.requires_grad_() for x in streams(1, 2, 3, 1, 4)]
-    out = co_attention(*tensors).out_a
-    (gradient,) = torch.autograd.grad(out.sum(), tensors[0], create_graph=True)
+    q, k, v = (x.requires_grad_() for x in case((1, 3, 4, 1, 8, 8)))
+    (gradient,) = torch.autograd.grad(cross_attention(q, k, v).out.sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="attention: the second derivative is not implemented"):
-        (out.sum() + gradient.square().sum()).backward()
+        gradient.square().sum().backward()
 
 
-def bad_calls():
-    a = torch.randn(2, 5, 2, 8)
-    b = torch.randn(2, 7, 2, 8)
-    yield "length too long", ValueError, "lengths_b", lambda: co_attention(
-        a, a, a, b, b, b, lengths_b=torch.tensor([3, 8]))
-    yield "lengths count", ValueError, "lengths_a", lambda: co_attention(a, a, a, b, b, b, lengths_a=torch.tensor([3]))
-    yield "float mask", TypeError, "mask_a", lambda: co_attention(a, a, a, b, b, b, mask_a=torch.ones(2, 5))
-    yield "mask shape", ValueError, "mask_a", lambda: co_attention(a, a, a, b, b, b, mask_a=torch.ones(2, 7) > 0)
-    yield "heads", ValueError, "key_b", lambda: co_attention(a, a, a, b, b[:, :, :1], b)
-    yield "pair range", ValueError, "pair_b", lambda: co_attention(
-        a, a, a, b, b, b, pair_a=torch.tensor([0]), pair_b=torch.tensor([2]))
-    yield "one pair", ValueError, "pair_a and pair_b go together", lambda: co_attention(
-        a, a, a, b, b, b, pair_a=torch.tensor([0]))
-    yield "rate", ValueError, "dropout_a", lambda: co_attention(a, a, a, b, b, b, dropout_a=1.5)
-    yield "rank", ValueError, "query", lambda: attention(a[0], a, a)
-    yield "not a tensor", TypeError, "value", lambda: attention(a, a, [1.0])
-    yield "bias shape", ValueError, "bias", lambda: attention(a, a, a, bias=torch.zeros(1, 1, 3, 5))
-    yield "offsets", ValueError, "cu_q", lambda: attention_varlen(a[0], a[0], a[0], torch.tensor([0, 9]))
+@pytest.mark.parametrize("which", [0, 1, 2, 3])
+def test_gradients_one_by_one(which):
+    leaves = [*case((5, 9, 13, 2, 16, 16)), torch.randn(1, 2, 9, 13)]
+    whole = outputs_and_gradients(lambda q, k, v, b: cross_attention(q, k, v, bias=b).out, leaves)[1][which]
+
+    def alone(x):
+        parts = [x if i == which else y for i, y in enumerate(leaves)]
+        return cross_attention(*parts[:3], bias=parts[3]).out
+
+    assert torch.equal(outputs_and_gradients(alone, [leaves[which]])[1][0], whole)
 
 
-@pytest.mark.parametrize("case", list(bad_calls()), ids=lambda case: case[0])
-def test_bad_input_is_named(case):
-    _, error, message, call = case
-    with pytest.raises(error, match=message):
-        call()
+def test_thread_count_changes_nothing():
+    leaves = [*case((6, 70, 90, 4, 32, 32)), torch.randn(1, 4, 70, 90)]
+    pairs = {"pair_q": torch.randint(0, 6, (7,)), "pair_k": torch.randint(0, 6, (7,))}
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            for options in ({}, pairs):
+                def function(q, k, v, b, o=options):
+                    return cross_attention(q, k, v, bias=b, dropout=0.1, seed=1, **o).out
+
+                results.append([x for part in outputs_and_gradients(function, leaves) for x in part])
+    finally:
+        torch.set_num_threads(before)
+    for at, found in enumerate(results[2:]):
+        assert all(torch.equal(a, b) for a, b in zip(found, results[at % 2], strict=True))
+
+
+LAYOUTS = {
+    "packed qkv": lambda: torch.randn(2, 11, 3, 2, 16).unbind(2),
+    "heads first": lambda: [torch.randn(2, 2, 11, 16).transpose(1, 2) for _ in range(3)],
+    "transposed": lambda: [torch.randn(16, 2, 11, 2).permute(3, 2, 1, 0) for _ in range(3)],
+    "expanded batch": lambda: [torch.randn(1, 11, 2, 16).expand(2, -1, -1, -1) for _ in range(3)],
+    "every second row": lambda: [torch.randn(2, 22, 2, 16)[:, ::2] for _ in range(3)],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout):
+    views = LAYOUTS[layout]()
+    copies = [x.clone(memory_format=torch.contiguous_format) for x in views]
+    upstream = torch.randn(2, 16, 2, 11).permute(0, 3, 2, 1)
+    results = []
+    for inputs in (views, copies):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = attention(*leaves).out
+        results.append([out, *torch.autograd.grad(out, leaves, upstream)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_every_output_is_written():
+    torch.use_deterministic_algorithms(True)
+    try:
+        q, k, v = case((3, 9, 21, 2, 16, 16))
+        options = {"lengths_q": torch.tensor([0, 4, 9]), "lengths_k": torch.tensor([3, 0, 21]), "return_probs": True}
+        found = outputs_and_gradients(lambda *x: cross_attention(*x, **options)[:2], (q, k, v))
+        packed = [torch.randn(9, 2, 8) for _ in range(3)]
+        found += outputs_and_gradients(lambda *x: attention_varlen(*x, torch.tensor([0, 3, 3])).out, packed)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(x.isfinite().all() for part in found for x in part)
+
+
+def test_saved_probabilities_and_recomputed_ones_give_the_same():
+    # with a width of 8 the probabilities outweigh the inputs and are computed again, with 64 they are kept
+    for width in (8, 64):
+        leaves = case((2, 40, 50, 2, width, 16))
+        check(lambda *x: cross_attention(*x).out, lambda *x, reorder=False: naive(*x, reorder=reorder)[0], leaves)
+
+
+def test_reference_backend_computes_the_same():
+    q, k, v = case((2, 9, 14, 2, 16, 8))
+    options = {"lengths_k": torch.tensor([14, 6]), "causal": True, "bias": torch.randn(1, 2, 9, 14), "dropout": 0.2,
+               "seed": 5, "return_probs": True, "return_lse": True}
+    native = cross_attention(q, k, v, **options)
+    with vlmfast.backend("reference"):
+        plain = cross_attention(q, k, v, **options)
+    for mine, same in zip(native, plain, strict=True):
+        assert torch.allclose(mine, same, rtol=1e-5, atol=1e-6)

@@ -5,13 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attention_call import (
-    CAUSAL,
-    LSE,
-    PROBS,
-    PROBS_DROPOUT,
-    Direction,
-    Options,
+from .attention_call import CAUSAL, LSE, PROBS, PROBS_DROPOUT, Direction, Options, run
+from .attention_checks import (
     check_bias,
     check_broadcast,
     check_integers,
@@ -22,7 +17,6 @@ from .attention_call import (
     check_scale,
     check_streams,
     draw_seed,
-    run,
 )
 from .attention_grid import axial_attention, window_attention
 from .attention_shared import BiAttention, bi_attention
@@ -105,31 +99,34 @@ def co_attention(query_a: Tensor, key_a: Tensor, value_a: Tensor, query_b: Tenso
     if (pair_a is None) != (pair_b is None):
         raise ValueError(f"{op}: pair_a and pair_b go together, one of them is None")
     paired = pair_a is not None
-    check_match(op, ("query_a", "key_b", "value_b"), query_a, key_b, value_b, paired)
-    check_match(op, ("query_b", "key_a", "value_a"), query_b, key_a, value_a, paired)
-    for name, query, key in (("a", query_a, key_a), ("b", query_b, key_b)):
-        if query.shape[:2] != key.shape[:2]:
-            raise ValueError(f"{op}: key_{name} has batch and length {tuple(key.shape[:2])}, query_{name} has "
-                             f"{tuple(query.shape[:2])}; they must be equal")
+    shape_a, shape_b = query_a.shape, query_b.shape
+    (batch_a, sa, heads, width), (batch_b, sb) = shape_a, shape_b[:2]
+    if not (key_a.shape == value_a.shape == shape_a and key_b.shape == value_b.shape == shape_b
+            and shape_b == (batch_a, sb, heads, width)):
+        check_match(op, ("query_a", "key_b", "value_b"), query_a, key_b, value_b, paired)
+        check_match(op, ("query_b", "key_a", "value_a"), query_b, key_a, value_a, paired)
+        for name, query, key in (("a", query_a, key_a), ("b", query_b, key_b)):
+            if query.shape[:2] != key.shape[:2]:
+                raise ValueError(f"{op}: key_{name} has batch and length {tuple(key.shape[:2])}, query_{name} has "
+                                 f"{tuple(query.shape[:2])}; they must be equal")
     pair_a = check_integers(op, "pair_a", pair_a, query_a, None)
     pair_b = check_integers(op, "pair_b", pair_b, query_a, None if pair_a is None else pair_a.shape[0])
-    lengths_a = check_integers(op, "lengths_a", lengths_a, query_a, query_a.shape[0])
-    lengths_b = check_integers(op, "lengths_b", lengths_b, query_a, query_b.shape[0])
-    mask_a = check_key_mask(op, "mask_a", mask_a, query_a, key_a.shape[:2])
-    mask_b = check_key_mask(op, "mask_b", mask_b, query_a, key_b.shape[:2])
-    batch, heads = query_a.shape[0] if pair_a is None else pair_a.shape[0], query_a.shape[2]
-    sa, sb = query_a.shape[1], query_b.shape[1]
+    lengths_a = check_integers(op, "lengths_a", lengths_a, query_a, batch_a)
+    lengths_b = check_integers(op, "lengths_b", lengths_b, query_a, batch_b)
+    mask_a = check_key_mask(op, "mask_a", mask_a, query_a, (batch_a, sa))
+    mask_b = check_key_mask(op, "mask_b", mask_b, query_a, (batch_b, sb))
+    batch = batch_a if pair_a is None else pair_a.shape[0]
     bias_a = check_bias(op, "bias_a", bias_a, query_a, (batch, heads, sa, sb))
     bias_b = check_bias(op, "bias_b", bias_b, query_a, (batch, heads, sb, sa))
-    scale = check_scale(op, scale, query_a.shape[3])
+    scale = check_scale(op, scale, width)
     dropout_a, dropout_b = check_rate(op, "dropout_a", dropout_a), check_rate(op, "dropout_b", dropout_b)
     seed = draw_seed(op, seed, query_a, dropout_a > 0 or dropout_b > 0)
     flags = PROBS * return_probs | PROBS_DROPOUT * probs_dropout | LSE * return_lse
     a = Direction(query_a, key_b, value_b, bias_a,
-                  Options(lengths_q=lengths_a, lengths_k=lengths_b, key_mask=mask_b, pair_q=pair_a, pair_k=pair_b),
+                  Options(lengths_a, lengths_b, mask_b, pair_q=pair_a, pair_k=pair_b),
                   scale, dropout_a, flags)
     b = Direction(query_b, key_a, value_a, bias_b,
-                  Options(lengths_q=lengths_b, lengths_k=lengths_a, key_mask=mask_a, pair_q=pair_b, pair_k=pair_a),
+                  Options(lengths_b, lengths_a, mask_a, pair_q=pair_b, pair_k=pair_a),
                   scale, dropout_b, flags)
     (out_a, probs_a, lse_a), (out_b, probs_b, lse_b) = run(op, [a, b], seed)
     return CoAttention(out_a, out_b, probs_a, probs_b, lse_a, lse_b)

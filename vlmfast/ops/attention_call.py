@@ -1,6 +1,7 @@
-"""How the attention ops reach a backend: one call for one or two directions, its gradient, the checks at the door."""
+"""How the attention ops reach a backend: one or two directions and their gradients, as plain calls or as ops."""
 
-import math
+import warnings
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,6 @@ from torch import Tensor
 
 from . import attention_native as native
 from . import dispatch
-from .attention_native import DTYPES
 from .autograd import first_order
 
 CAUSAL, PROBS, PROBS_DROPOUT, LSE, KEEP = 1, 2, 4, 8, 16
@@ -20,7 +20,8 @@ class Options(NamedTuple):
     """Optional tensors of one direction, in the order in which they cross the op; see `reference.attention.forward`.
 
     rows_q [G, Sq], rows_k [G, Sk] and regions [G, Sq] are the native backend's: sequence b G + g consists of those
-    rows of sample b (-1: no row), and with regions a query sees the keys of its own region.
+    rows of sample b (-1: no key), and with regions a query sees the keys of its own region. Sequences may share keys
+    unless Sq = Sk.
     """
     lengths_q: Tensor | None = None
     lengths_k: Tensor | None = None
@@ -48,76 +49,111 @@ class Direction(NamedTuple):
 
 
 class _Static(NamedTuple):
+    """What of a call is no tensor; `slots` tell where query, key, value, bias and each option are among the tensors."""
     name: str
     scale: list[float]
     dropout: list[float]
     flags: list[int]
+    slots: list[tuple[int, ...]]
+
+
+_NO_OPTIONS = Options()
 
 
 def run(name: str, directions: list[Direction], seed: Tensor | None) -> list[tuple]:
     """[(out, probs or None, lse or None)] of each direction; `flags` say which of the last two are wanted."""
-    wants_gradient = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for d in directions for x in d[:4])
-    # with plain tensors nobody needs to see the op, whose boxing takes as long as a small call
-    if not wants_gradient and type(directions[0].query) is Tensor and not torch.compiler.is_compiling() \
-            and not torch._C._len_torch_dispatch_stack():
-        return [found[:3] for found in _forward(name, directions, seed)]
-    static = _Static(name, *(list(x) for x in zip(*((d.scale, d.dropout, d.flags) for d in directions), strict=True)))
-    inputs = [x for d in directions for x in d[:3]]
-    bias = [d.bias for d in directions]
-    options = [x for d in directions for x in d.options]
+    wants_gradient = False
+    if torch.is_grad_enabled():
+        for d in directions:
+            bias = d.bias
+            if d.query.requires_grad or d.key.requires_grad or d.value.requires_grad \
+                    or bias is not None and bias.requires_grad:
+                wants_gradient = True
     if wants_gradient:
-        flat = iter(_Attention.apply(static, *inputs, *bias, *options, seed))
-        return [(next(flat), next(flat) if f & PROBS else None, next(flat) if f & LSE else None)
-                for f in static.flags]
-    outputs = _fwd_op(inputs, bias, options, seed, static.scale, static.dropout, static.flags, name)
-    return [(outputs[4 * i], outputs[4 * i + 1] if f & PROBS else None, outputs[4 * i + 2] if f & LSE else None)
-            for i, f in enumerate(static.flags)]
+        static, tensors = _flatten(name, directions)
+        found = _Attention.apply(static, seed, *tensors)
+    elif needs_no_op(directions[0].query):
+        return [results[:3] for results in _forward(name, directions, seed)]
+    else:
+        found = _call_fwd_op(name, directions, seed)
+    if not wants_gradient:
+        return [tuple(results[:3]) for results in found]
+    flat = iter(found)
+    return [(next(flat), next(flat) if d.flags & PROBS else None, next(flat) if d.flags & LSE else None)
+            for d in directions]
+
+
+def needs_no_op(x: Tensor) -> bool:
+    """With plain tensors and no tracer nobody sees the op, whose boxing takes as long as a small call."""
+    return type(x) is Tensor and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
+
+
+def _flatten(name: str, directions: list[Direction]) -> tuple[_Static, list[Tensor]]:
+    """Each tensor once, which compilers insist on; -1 stands for None."""
+    static, tensors = _Static(name, [], [], [], []), []
+    for d in directions:
+        static.scale.append(d.scale)
+        static.dropout.append(d.dropout)
+        static.flags.append(d.flags)
+        slots = []
+        for x in d[:4] if d.options is _NO_OPTIONS else (*d[:4], *d.options):
+            slot = -1
+            if x is not None:
+                for at, known in enumerate(tensors):
+                    if known is x:
+                        slot = at
+                if slot < 0:
+                    slot = len(tensors)
+                    tensors.append(x)
+            slots.append(slot)
+        static.slots.append(tuple(slots))
+    return static, tensors
+
+
+def _unflatten(static: _Static, tensors, keep: int) -> list[Direction]:
+    directions = []
+    for scale, dropout, flags, slots in zip(*static[1:], strict=True):
+        found = [tensors[slot] if slot >= 0 else None for slot in slots]
+        options = Options(*found[4:]) if len(found) > 4 else _NO_OPTIONS
+        directions.append(Direction(*found[:4], options, scale, dropout, flags | keep))
+    return directions
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, static, *tensors):
-        count = len(static.flags)
-        inputs, bias = list(tensors[:3 * count]), list(tensors[3 * count:4 * count])
-        options, seed = list(tensors[4 * count:-1]), tensors[-1]
-        outputs = _fwd_op(inputs, bias, options, seed, static.scale, static.dropout,
-                          [f | KEEP for f in static.flags], static.name)
+    def forward(ctx, static, seed, *tensors):
+        directions = _unflatten(static, tensors, KEEP)
+        if needs_no_op(tensors[0]):
+            found = _forward(static.name, directions, seed)
+        else:
+            found = _call_fwd_op(static.name, directions, seed)
         ctx.static = static
-        needs = ctx.needs_input_grad[1:4 * count + 1]
-        ctx.needs = [need for i in range(count) for need in (*needs[3 * i:3 * i + 3], needs[3 * count + i])]
-        ctx.save_for_backward(*tensors, *outputs[3::4])
-        results = []
-        for i, flags in enumerate(static.flags):
-            results.append(outputs[4 * i])
-            if flags & PROBS:
-                results.append(outputs[4 * i + 1])
-            if flags & LSE:
-                results.append(outputs[4 * i + 2])
-        return tuple(results)
+        ctx.save_for_backward(seed, *tensors, *(results[3] for results in found))
+        return tuple(x for results, flags in zip(found, static.flags, strict=True)
+                     for x, wanted in zip(results, (True, flags & PROBS, flags & LSE), strict=False) if wanted)
 
     @staticmethod
     @first_order("attention")
     def backward(ctx, *upstream):
-        static = ctx.static
+        static, (seed, *tensors) = ctx.static, ctx.saved_tensors
         count = len(static.flags)
-        saved = ctx.saved_tensors
-        tensors, kept = saved[:-count], list(saved[-count:])
+        tensors, kept = tensors[:-count], tensors[-count:]
+        directions = _unflatten(static, tensors, 0)
         flat, gradients = iter(upstream), []
         for flags in static.flags:
-            gradients += [next(flat), next(flat) if flags & PROBS else None, next(flat) if flags & LSE else None]
-        results = _bwd_op(gradients, list(tensors[:3 * count]), list(tensors[3 * count:4 * count]),
-                          list(tensors[4 * count:-1]), tensors[-1], kept, static.scale, static.dropout, static.flags,
-                          ctx.needs, static.name)
-        results = [g if need else None for g, need in zip(results, ctx.needs, strict=True)]
-        d_inputs = [g for i in range(count) for g in results[4 * i:4 * i + 3]]
-        return None, *d_inputs, *results[3::4], *[None] * (len(tensors) - 4 * count)
-
-
-def per_direction(inputs, bias, options, scale, dropout, flags) -> list[Direction]:
-    width = len(Options._fields)
-    return [Direction(*inputs[3 * i:3 * i + 3], bias[i], Options(*options[width * i:width * (i + 1)]), scale[i],
-                      dropout[i], flags[i]) for i in range(len(flags))]
+            gradients.append((next(flat), next(flat) if flags & PROBS else None, next(flat) if flags & LSE else None))
+        wanted = ctx.needs_input_grad[2:]
+        needs = [tuple(slot >= 0 and wanted[slot] for slot in slots[:4]) for slots in static.slots]
+        if needs_no_op(tensors[0]):
+            found = _backward(static.name, gradients, directions, seed, kept, needs)
+        else:
+            found = _call_bwd_op(static.name, gradients, directions, seed, kept, needs)
+        results = [None] * len(tensors)
+        for parts, need, slots in zip(found, needs, static.slots, strict=True):
+            for gradient, needed, slot in zip(parts, need, slots, strict=False):
+                if needed:
+                    results[slot] = gradient if results[slot] is None else results[slot] + gradient
+        return None, None, *results
 
 
 def reference_options(direction: Direction, seed: Tensor | None, index: int) -> dict:
@@ -194,10 +230,25 @@ def _refuse(name: str, directions: list[Direction]):
     raise ValueError(f"{name}: a length, an offset or an index leaves its stream")
 
 
+def _backend(x: Tensor) -> str:
+    name = dispatch.choose("attention", x)
+    return _present(name) if name == "triton" else name
+
+
+@cache
+def _present(name: str) -> str:
+    try:
+        dispatch.module("attention", name)
+    except ModuleNotFoundError:
+        warnings.warn("attention: the reference runs: this build has no Triton kernels of the family", stacklevel=5)
+        return "reference"
+    return name
+
+
 def _forward(name: str, directions: list[Direction], seed: Tensor | None) -> list[tuple]:
     """[(out, probs, lse, kept)] of each direction, None for what is not wanted."""
     query = directions[0].query
-    backend = dispatch.choose("attention", query)
+    backend = _backend(query)
     if backend != "native":
         return [_forward_elsewhere(name, backend, d, seed, index) for index, d in enumerate(directions)]
     dtype = query.dtype
@@ -209,7 +260,7 @@ def _forward(name: str, directions: list[Direction], seed: Tensor | None) -> lis
                  None if lse is None else torch.empty(lse, dtype=wide),
                  None if kept is None else torch.empty(kept, dtype=wide))
         call = native.direction(d, sizes(d), bool(d.flags & CAUSAL), bool(d.flags & PROBS_DROPOUT), seed, index)
-        call.outputs(*map(native.address, found))
+        native.outputs(call, *found)
         results.append(found)
         calls.append(call)
     if native.forward(calls):
@@ -227,8 +278,82 @@ def _forward_elsewhere(name: str, backend: str, d: Direction, seed: Tensor | Non
     return out, probs if d.flags & PROBS else None, lse if d.flags & LSE else None, None
 
 
+def _backward(name: str, gradients, directions: list[Direction], seed: Tensor | None, kept, needs) -> list[tuple]:
+    """[(d_query, d_key, d_value, d_bias)] of each direction, None for what is not needed.
+
+    `gradients` are (d_out, d_probs, d_lse) and `needs` four bools of each direction.
+    """
+    query = directions[0].query
+    # what the native forward kept only the native backward can read
+    keeps = any(k is not None and k.numel() for k in kept)
+    backend = "native" if keeps else _backend(query)
+    if backend != "native":
+        results = []
+        with torch.autocast(query.device.type, enabled=False):
+            for index, (d, upstream) in enumerate(zip(directions, gradients, strict=True)):
+                results.append(dispatch.module("attention", backend).backward(
+                    *upstream, d.query, d.key, d.value, **reference_options(d, seed, index)))
+        return [tuple(g if need else None for g, need in zip(found, wanted, strict=True))
+                for found, wanted in zip(results, needs, strict=True)]
+    results, calls, alive = [], [], []
+    for index, (d, (d_out, d_probs, d_lse), wanted) in enumerate(zip(directions, gradients, needs, strict=True)):
+        dtype = d.query.dtype
+        o = d.options
+        # rows that several sequences share are summed in the working type
+        if dtype.itemsize == 2 and (o.pair_q is not None or o.rows_q is not None and o.rows_q.shape != o.rows_k.shape):
+            dtype = torch.float32
+        found = [torch.empty(x.shape, dtype=dtype) if need else None for x, need in zip(d[:3], wanted, strict=False)]
+        found.append(torch.empty(d.bias.shape, dtype=d.bias.dtype) if wanted[3] else None)
+        if d_out.dtype != d.query.dtype or d_out.stride(-1) != 1:
+            d_out = d_out.to(d.query.dtype).contiguous()
+        d_probs, d_lse = (None if g is None else g.contiguous() for g in (d_probs, d_lse))
+        alive.append((d_out, d_probs, d_lse))
+        call = native.direction(d, sizes(d), bool(d.flags & CAUSAL), bool(d.flags & PROBS_DROPOUT), seed, index)
+        native.gradients(call, d_out, d_probs, d_lse, kept[index], found, dtype)
+        calls.append(call)
+        results.append(found)
+    if native.backward(calls):
+        _refuse(name, directions)
+    return [tuple(g if g is None or g.dtype == x.dtype else g.to(x.dtype) for g, x in zip(found, d[:4], strict=True))
+            for found, d in zip(results, directions, strict=True)]
+
+
+# The same as ops of torch.library, in flat lists: for compilers and tracers
+
+
+def _lists(directions: list[Direction]):
+    return ([x for d in directions for x in d[:3]], [d.bias for d in directions],
+            [x for d in directions for x in d.options])
+
+
+def _per_direction(inputs, bias, options, scale, dropout, flags) -> list[Direction]:
+    width = len(Options._fields)
+    return [Direction(*inputs[3 * i:3 * i + 3], bias[i], Options(*options[width * i:width * (i + 1)]), scale[i],
+                      dropout[i], flags[i]) for i in range(len(flags))]
+
+
+def _numbers(directions: list[Direction]):
+    return [d.scale for d in directions], [d.dropout for d in directions], [d.flags for d in directions]
+
+
+def _fours(flat) -> list[tuple]:
+    return [tuple(flat[i:i + 4]) for i in range(0, len(flat), 4)]
+
+
+def _call_fwd_op(name, directions, seed) -> list[tuple]:
+    found = _fwd_op(*_lists(directions), seed, *_numbers(directions), name)
+    return [(out, probs if d.flags & PROBS else None, lse if d.flags & LSE else None, kept)
+            for d, (out, probs, lse, kept) in zip(directions, _fours(found), strict=True)]
+
+
+def _call_bwd_op(name, gradients, directions, seed, kept, needs) -> list[tuple]:
+    flat = [x for upstream in gradients for x in upstream]
+    return _fours(_bwd_op(flat, *_lists(directions), seed, kept, *_numbers(directions), [n for w in needs for n in w],
+                          name))
+
+
 def _fwd(inputs, bias, options, seed, scale, dropout, flags, name):
-    found = _forward(name, per_direction(inputs, bias, options, scale, dropout, flags), seed)
+    found = _forward(name, _per_direction(inputs, bias, options, scale, dropout, flags), seed)
     return [inputs[0].new_empty(0) if x is None else x for results in found for x in results]
 
 
@@ -237,47 +362,17 @@ def _fwd_fake(inputs, bias, options, seed, scale, dropout, flags, name):
     dtype = inputs[0].dtype
     wide = torch.promote_types(dtype, torch.float32)
     results = []
-    for d in per_direction(inputs, bias, options, scale, dropout, flags):
+    for d in _per_direction(inputs, bias, options, scale, dropout, flags):
         for shape, kind in zip(out_shapes(d, is_native), (dtype, dtype, wide, wide), strict=True):
             results.append(inputs[0].new_empty(0) if shape is None else inputs[0].new_empty(shape, dtype=kind))
     return results
 
 
 def _bwd(gradients, inputs, bias, options, seed, kept, scale, dropout, flags, needs, name):
-    directions = per_direction(inputs, bias, options, scale, dropout, flags)
-    # what the native forward kept only the native backward can read
-    backend = "native" if any(k.numel() for k in kept) else dispatch.choose("attention", inputs[0])
-    results, calls = [], []
-    for index, d in enumerate(directions):
-        d_out, d_probs, d_lse = gradients[3 * index:3 * index + 3]
-        wanted = needs[4 * index:4 * index + 4]
-        if backend != "native":
-            with torch.autocast(inputs[0].device.type, enabled=False):
-                found = dispatch.module("attention", backend).backward(
-                    d_out, d_probs, d_lse, d.query, d.key, d.value, **reference_options(d, seed, index))
-            results += [g if need else d.query.new_empty(0) for g, need in zip(found, wanted, strict=True)]
-            continue
-        # rows that several sequences share are summed in the working type
-        shared = d.options.pair_q is not None or d.options.rows_q is not None
-        dtype = torch.promote_types(d.query.dtype, torch.float32) if shared else d.query.dtype
-        found = [torch.empty(x.shape if need else 0, dtype=dtype)
-                 for x, need in zip((d.query, d.key, d.value), wanted, strict=False)]
-        d_bias = torch.empty(d.bias.shape, dtype=d.bias.dtype) if wanted[3] else d.query.new_empty(0)
-        d_out = d_out.to(d.query.dtype)
-        d_out = d_out if d_out.stride(-1) == 1 or d_out.shape[-1] <= 1 else d_out.contiguous()
-        d_probs, d_lse = (None if g is None else g.contiguous() for g in (d_probs, d_lse))
-        call = native.direction(d, sizes(d), bool(d.flags & CAUSAL), bool(d.flags & PROBS_DROPOUT), seed, index)
-        call.gradients(native.stream(d_out), native.address(d_probs), native.address(d_lse), kept[index].data_ptr(),
-                       *(t.data_ptr() for t in found), d_bias.data_ptr(), DTYPES[dtype],
-                       list(d.bias.shape) if wanted[3] else [1, 1, 1, 1])
-        calls.append((call, d_out, d_probs, d_lse))
-        results += [*found, d_bias]
-    if calls:
-        if native.backward([call for call, *_ in calls]):
-            _refuse(name, directions)
-        results = [g if x is None or g.dtype == x.dtype else g.to(x.dtype) for g, x in zip(
-            results, [x for d in directions for x in (d.query, d.key, d.value, d.bias)], strict=True)]
-    return results
+    directions = _per_direction(inputs, bias, options, scale, dropout, flags)
+    upstream = [tuple(gradients[i:i + 3]) for i in range(0, len(gradients), 3)]
+    found = _backward(name, upstream, directions, seed, kept, _fours(needs))
+    return [inputs[0].new_empty(0) if x is None else x for results in found for x in results]
 
 
 def _bwd_fake(gradients, inputs, bias, options, seed, kept, scale, dropout, flags, needs, name):
@@ -285,8 +380,7 @@ def _bwd_fake(gradients, inputs, bias, options, seed, kept, scale, dropout, flag
     for index in range(len(flags)):
         sources = *inputs[3 * index:3 * index + 3], bias[index]
         for source, need in zip(sources, needs[4 * index:4 * index + 4], strict=True):
-            like = inputs[0] if source is None else source
-            results.append(like.new_empty(source.shape if need else 0))
+            results.append(source.new_empty(source.shape) if need else inputs[0].new_empty(0))
     return results
 
 
@@ -299,134 +393,3 @@ for _name, _run, _fake in (("attention_fwd", _fwd, _fwd_fake), ("attention_bwd",
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vlmfast::{_name}", _fake, lib=_library)
 _fwd_op, _bwd_op = torch.ops.vlmfast.attention_fwd.default, torch.ops.vlmfast.attention_bwd.default
-
-
-# The checks at the door
-
-
-def check_streams(op: str, names: tuple[str, ...], tensors: tuple[Tensor, ...], rank: int = 4) -> tuple[Tensor, ...]:
-    """Same dtype, device and rank for all; the last dimension contiguous."""
-    first = tensors[0]
-    for x in tensors:
-        if not (isinstance(x, Tensor) and x.dtype == first.dtype and x.ndim == rank and x.device == first.device
-                and (x.stride(-1) == 1 or x.shape[-1] <= 1)):
-            return _streams_in_detail(op, names, tensors, rank)
-    if first.dtype not in DTYPES:
-        raise TypeError(f"{op}: {names[0]} is {first.dtype}, it must be float32, float64, bfloat16 or float16")
-    return tensors
-
-
-def _streams_in_detail(op: str, names: tuple[str, ...], tensors: tuple[Tensor, ...], rank: int) -> tuple[Tensor, ...]:
-    layout = {3: "[N, H, D]", 4: "[B, S, H, D]"}.get(rank, f"of {rank} dimensions")
-    first = tensors[0]
-    for name, x in zip(names, tensors, strict=True):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{op}: {name} is a {type(x).__name__}, it must be a tensor")
-        if x.ndim != rank:
-            raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, it must be {layout}")
-        if x.device != first.device:
-            raise ValueError(f"{op}: {name} is on {x.device}, {names[0]} on {first.device}; they must be equal")
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{op}: {name} is {x.dtype}, it must be float32, float64, bfloat16 or float16")
-        if x.dtype != first.dtype and not torch.is_autocast_enabled(first.device.type):
-            raise ValueError(f"{op}: {name} is {x.dtype}, {names[0]} is {first.dtype}; they must be equal")
-    dtype = first.dtype
-    for x in tensors:
-        dtype = torch.promote_types(dtype, x.dtype)
-    tensors = tuple(x.to(dtype) for x in tensors)
-    return tuple(x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous() for x in tensors)
-
-
-def check_match(op: str, names: tuple[str, str, str], query: Tensor, key: Tensor, value: Tensor, paired: bool) -> None:
-    q, k, v = names
-    if key.shape[:-1] != value.shape[:-1]:
-        raise ValueError(f"{op}: {v} has shape {tuple(value.shape)}, {k} has {tuple(key.shape)}; they must agree but "
-                         "for the last dimension")
-    if query.shape[-2:] != key.shape[-2:]:
-        raise ValueError(f"{op}: {k} has heads and width {tuple(key.shape[-2:])}, {q} has {tuple(query.shape[-2:])}; "
-                         "they must be equal")
-    if query.ndim == 4 and not paired and query.shape[0] != key.shape[0]:
-        raise ValueError(f"{op}: {k} has batch {key.shape[0]}, {q} has {query.shape[0]}; they must be equal without "
-                         "pair indices")
-
-
-def check_integers(op: str, name: str, x, like: Tensor, count: int | None) -> Tensor | None:
-    """int32 or int64 [count] -> int64, contiguous."""
-    if x is None:
-        return None
-    if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
-        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{op}: {name} is {kind}, it must be an int32 or int64 tensor")
-    if x.ndim != 1 or count is not None and x.shape[0] != count:
-        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, it must be [{'P' if count is None else count}]")
-    if x.device != like.device:
-        raise ValueError(f"{op}: {name} is on {x.device}, it must be on {like.device}")
-    return x.long().contiguous()
-
-
-def check_mask(op: str, name: str, x, like: Tensor) -> None:
-    if not isinstance(x, Tensor) or x.dtype != torch.bool:
-        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{op}: {name} is {kind}, it must be a bool tensor, True where a key is kept")
-    if x.device != like.device:
-        raise ValueError(f"{op}: {name} is on {x.device}, it must be on {like.device}")
-
-
-def check_key_mask(op: str, name: str, x, like: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-    if x is None:
-        return None
-    check_mask(op, name, x, like)
-    if x.shape != shape:
-        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, it must be {list(shape)}")
-    return x
-
-
-def check_broadcast(op: str, name: str, x: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-    """x with as many dimensions as `shape`, each of them equal or 1."""
-    full = x.view((1,) * (4 - x.ndim) + x.shape) if x.ndim < 4 else x
-    if full.ndim != 4 or any(have not in (1, want) for have, want in zip(full.shape, shape, strict=True)):
-        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, it must broadcast to {list(shape)} "
-                         "(sequences, heads, queries, keys)")
-    return full
-
-
-def check_bias(op: str, name: str, x, like: Tensor, shape: tuple[int, int, int, int]) -> Tensor | None:
-    if x is None:
-        return None
-    if not isinstance(x, Tensor) or x.dtype not in DTYPES:
-        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{op}: {name} is {kind}, it must be a floating-point tensor that is added to the scores")
-    if x.device != like.device:
-        raise ValueError(f"{op}: {name} is on {x.device}, it must be on {like.device}")
-    return check_broadcast(op, name, x, shape)
-
-
-def check_rate(op: str, name: str, rate) -> float:
-    if not 0 <= rate <= 1:
-        raise ValueError(f"{op}: {name} is {rate}, it must lie between 0 and 1")
-    return float(rate)
-
-
-def check_scale(op: str, scale, width: int) -> float:
-    if scale is None:
-        return 1 / math.sqrt(width) if width else 1.0
-    if isinstance(scale, Tensor):
-        raise TypeError(f"{op}: scale is a tensor, it must be a number; multiply the queries to learn it")
-    if math.isnan(scale):
-        raise ValueError(f"{op}: scale is NaN, it must be a number")
-    return float(scale)
-
-
-def draw_seed(op: str, seed, like: Tensor, needed: bool) -> Tensor | None:
-    """The [] int64 seed tensor: the given one, or one draw from torch's generator of the device."""
-    if not needed:
-        return None
-    if seed is None:
-        return torch.empty((), dtype=torch.int64, device=like.device).random_()
-    if isinstance(seed, Tensor):
-        if seed.numel() != 1 or seed.dtype != torch.int64:
-            raise TypeError(f"{op}: seed is {tuple(seed.shape)} {seed.dtype}, it must be one int64")
-        return seed.reshape(()).to(like.device)
-    if not -2**63 <= seed < 2**63:
-        raise ValueError(f"{op}: seed is {seed}, it must fit in 64 bits with its sign")
-    return torch.tensor(seed, dtype=torch.int64, device=like.device)

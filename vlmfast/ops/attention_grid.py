@@ -1,9 +1,13 @@
 """Attention on grids of tokens: shifted windows (Swin, CoSwin, Video Swin) and the sparse causal kinds of DALL-E."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
-from .attention_call import check_match, check_rate, check_scale, check_streams, draw_seed
+from . import dispatch
+from .attention_call import CAUSAL, Direction, Options, needs_no_op, run
+from .attention_checks import check_match, check_rate, check_scale, check_streams, draw_seed
 from .reference import attention as reference
 
 AXIAL_MODES = "row", "col", "conv", "row_only", "corner", "full"
@@ -54,9 +58,23 @@ def window_attention(qkv: Tensor, bias: Tensor | None = None, *, window, shift=0
     scale = check_scale(op, scale, width)
     dropout = check_rate(op, "dropout", dropout)
     seed = draw_seed(op, seed, qkv, dropout > 0)
+    if dispatch.choose("attention", qkv) == "native":
+        cached = needs_no_op(qkv)
+        rows, regions = (_window_index if cached else reference.window_index)(size, window, shift)
+        query, key, value = qkv.flatten(1, len(size)).unbind(2)
+        options = Options(rows_q=rows, rows_k=rows, regions=regions if any(shift) else None)
+        bias = None if bias is None else bias[None]
+        ((out, _, _),) = run(op, [Direction(query, key, value, bias, options, scale, dropout, 0)], seed)
+        return out.view(qkv.shape[0], *size, heads, width)
     wide = torch.promote_types(qkv.dtype, torch.float32)
     return reference.window_attention(qkv, None if bias is None else bias.to(wide), window=window, shift=shift,
                                       scale=scale, dropout=dropout, seed=seed)
+
+
+@cache
+def _window_index(size, window, shift) -> tuple[Tensor, Tensor]:
+    rows, regions = reference.window_index(size, window, shift)
+    return rows.contiguous(), regions.contiguous()
 
 
 def _per_axis(op: str, name: str, value, axes: int) -> tuple[int, ...]:
@@ -131,5 +149,56 @@ def axial_attention(query: Tensor, key: Tensor, value: Tensor, *, text_len: int,
     scale = check_scale(op, scale, query.shape[3])
     dropout = check_rate(op, "dropout", dropout)
     seed = draw_seed(op, seed, query, dropout > 0)
+    if dispatch.choose("attention", query) == "native":
+        return _axial_native(query, key, value, text_len, (height, width), mode, kernel, scale, dropout, seed)
     return reference.axial_attention(query, key, value, text_len=text_len, grid=(height, width), mode=mode,
                                      kernel=kernel, scale=scale, dropout=dropout, seed=seed)
+
+
+def _axial_native(query, key, value, text_len, grid, mode, kernel, scale, dropout, seed) -> Tensor:
+    """Text reads text, and a few lines of the image at a time read the text and the union of what they see."""
+    op, causal = "axial_attention", Direction(query, key, value, None, Options(), scale, dropout, CAUSAL)
+    if mode == "full" or grid[0] * grid[1] == 0:
+        return run(op, [causal], seed)[0][0]
+    cached = needs_no_op(query)
+    if dropout:
+        # the draws belong to positions of the whole sequence
+        mask = (_axial_mask if cached else reference.axial_mask)(text_len, grid, mode, kernel)[None, None]
+        return run(op, [Direction(query, key, value, None, Options(mask=mask), scale, dropout, 0)], seed)[0][0]
+    rows_q, rows_k, mask = (_axial_groups if cached else axial_groups)(text_len, grid, mode, kernel)
+    options = Options(rows_q=rows_q, rows_k=rows_k, mask=mask)
+    image = Direction(query[:, text_len:], key, value, None, options, scale, 0.0, 0)
+    if not text_len:
+        return run(op, [image], seed)[0][0]
+    text = causal._replace(query=query[:, :text_len], key=key[:, :text_len], value=value[:, :text_len])
+    (out_text, *_), (out_image, *_) = run(op, [text, image], seed)
+    return torch.cat([out_text, out_image], 1)
+
+
+def axial_groups(text_len: int, grid: tuple[int, int], mode: str, kernel: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For each group of lines: rows of its queries [G, Nq] and keys [G, Nk], -1 for none, and mask [G, 1, Nq, Nk]."""
+    height, width = grid
+    at = torch.arange(height * width).view(height, width)
+    lines = at.T if mode == "col" else at
+    # about 64 queries share one reading of the text
+    count = max(n for n in range(1, len(lines) + 1) if len(lines) % n == 0 and n <= max(1, 64 // lines.shape[1]))
+    rows_q = lines.reshape(len(lines) // count, -1).contiguous()
+    seen = reference.axial_mask(0, grid, mode, kernel)[rows_q]  # [G, Nq, N]
+    used = seen.any(1)
+    above = {"row": 1, "row_only": 0, "col": 0, "conv": kernel // 2, "corner": kernel - 1}[mode]
+    width_k = min(count + above, len(lines)) * lines.shape[1]
+    order = torch.where(used, at.flatten(), height * width).sort(1).values[:, :width_k]
+    missing = order == height * width
+    keys = order.masked_fill(missing, 0)
+    mask = seen.gather(2, keys[:, None].expand(-1, rows_q.shape[1], -1)) & ~missing[:, None]
+    text = torch.arange(text_len).expand(len(rows_q), -1)
+    rows_k = torch.cat([text, (keys + text_len).masked_fill(missing, -1)], 1)
+    if rows_k.shape == rows_q.shape:
+        # one more column, which is no key: equal sizes would say that no key is shared
+        rows_k = torch.cat([rows_k, rows_k.new_full((len(rows_k), 1), -1)], 1)
+        mask = torch.cat([mask, mask.new_zeros(*mask.shape[:2], 1)], 2)
+    mask = torch.cat([mask.new_ones(*mask.shape[:2], text_len), mask], 2)
+    return rows_q, rows_k.contiguous(), mask[:, None].contiguous()
+
+
+_axial_groups, _axial_mask = cache(axial_groups), cache(reference.axial_mask)

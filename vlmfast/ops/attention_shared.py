@@ -5,7 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attention_call import (
+from .. import _native
+from . import attention_native as native
+from . import dispatch
+from .attention_checks import (
     check_bias,
     check_integers,
     check_key_mask,
@@ -14,6 +17,7 @@ from .attention_call import (
     check_streams,
     draw_seed,
 )
+from .autograd import first_order
 from .reference import attention as reference
 
 
@@ -82,10 +86,34 @@ def bi_attention(query_b: Tensor, key_a: Tensor, value_a: Tensor, value_b: Tenso
     seed = draw_seed(op, seed, query_b, dropout_a > 0 or dropout_b > 0)
     live_a = _live(op, "lengths_a", lengths_a, mask_a, sa)
     live_b = _live(op, "lengths_b", lengths_b, mask_b, sb)
-    found = reference.bi_attention(query_b, key_a, value_a, value_b, live_a=live_a, live_b=live_b, bias=bias,
-                                   scale=scale, dropout_a=dropout_a, dropout_b=dropout_b, seed=seed)
-    return BiAttention(*found[:2], *(found[2:4] if return_probs else (None, None)),
-                       *(found[4:] if return_lse else (None, None)))
+    rates = scale, dropout_a, dropout_b
+    if bias is not None or return_probs or dispatch.choose("attention", query_b) != "native":
+        found = reference.bi_attention(query_b, key_a, value_a, value_b, live_a=live_a, live_b=live_b, bias=bias,
+                                       scale=scale, dropout_a=dropout_a, dropout_b=dropout_b, seed=seed)
+        return BiAttention(*found[:2], *(found[2:4] if return_probs else (None, None)),
+                           *(found[4:] if return_lse else (None, None)))
+    tensors = query_b, key_a, value_a, value_b, live_a, live_b, seed
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors[:4]):
+        out_a, out_b, lse_a, lse_b = _BiAttention.apply(rates, *tensors)
+    else:
+        out_a, out_b, lse_a, lse_b, _, _ = _fwd_op(*tensors, *rates)
+    return BiAttention(out_a, out_b, None, None, *((lse_a, lse_b) if return_lse else (None, None)))
+
+
+class _BiAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rates, *tensors):
+        out_a, out_b, lse_a, lse_b, *stats = _fwd_op(*tensors, *rates)
+        ctx.rates = rates
+        ctx.save_for_backward(*tensors, out_a, *stats)
+        return out_a, out_b, lse_a, lse_b
+
+    @staticmethod
+    @first_order("bi_attention")
+    def backward(ctx, *gradients):
+        found = _bwd_op(*gradients, *ctx.saved_tensors, *ctx.rates)
+        return None, *(g if need else None for g, need in zip(found, ctx.needs_input_grad[1:5], strict=True)), \
+            None, None, None
 
 
 def _live(op: str, name: str, lengths: Tensor | None, mask: Tensor | None, count: int) -> Tensor | None:
@@ -98,3 +126,71 @@ def _live(op: str, name: str, lengths: Tensor | None, mask: Tensor | None, count
             raise ValueError(f"{op}: {name} reaches from {low} to {high}, it must lie between 0 and {count}")
     within = torch.arange(count, device=lengths.device) < lengths[:, None]
     return within if mask is None else within & mask
+
+
+_library = torch.library.Library("vlmfast", "FRAGMENT")
+_INPUTS = "Tensor query_b, Tensor key_a, Tensor value_a, Tensor value_b, Tensor? live_a, Tensor? live_b, Tensor? seed, "
+_RATES = "float scale, float dropout_a, float dropout_b"
+_library.define(f"bi_attention_fwd({_INPUTS}{_RATES}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+_library.define(f"bi_attention_bwd(Tensor d_out_a, Tensor d_out_b, Tensor d_lse_a, Tensor d_lse_b, {_INPUTS}"
+                f"Tensor out_a, Tensor stats_a, Tensor stats_b, {_RATES}) -> (Tensor, Tensor, Tensor, Tensor)")
+
+
+def _call(query_b, key_a, value_a, value_b, live_a, live_b, seed, scale, dropout_a, dropout_b):
+    batch, sb, heads, width = query_b.shape
+    sizes = batch, heads, key_a.shape[1], sb, width, value_a.shape[3], value_b.shape[3]
+    live_a, live_b = (None if x is None else x.contiguous() for x in (live_a, live_b))
+    streams = [part for x in (query_b, key_a, value_a, value_b) for part in (x.data_ptr(), x.stride())]
+    call = _native.BiAttention(native.DTYPES[query_b.dtype], sizes, *streams, native.address(live_a),
+                               native.address(live_b), scale, dropout_a, dropout_b, native.address(seed))
+    return call, (live_a, live_b)
+
+
+def _shapes(query_b, key_a, value_a, value_b):
+    """Of out_a, out_b, lse_a, lse_b, stats_a, stats_b."""
+    batch, sb, heads, _ = query_b.shape
+    sa = key_a.shape[1]
+    return ((batch, sa, heads, value_b.shape[3]), (batch, sb, heads, value_a.shape[3]), (batch, heads, sa),
+            (batch, heads, sb), (2, batch, heads, sa), (2, batch, heads, sb))
+
+
+def _fwd(query_b, key_a, value_a, value_b, live_a, live_b, seed, scale, dropout_a, dropout_b):
+    wide = torch.float64 if query_b.dtype == torch.float64 else torch.float32
+    kinds = query_b.dtype, query_b.dtype, wide, wide, wide, wide
+    found = [torch.empty(shape, dtype=kind) for shape, kind in zip(_shapes(query_b, key_a, value_a, value_b), kinds,
+                                                                   strict=True)]
+    call, _alive = _call(query_b, key_a, value_a, value_b, live_a, live_b, seed, scale, dropout_a, dropout_b)
+    call.outputs(*(x.data_ptr() for x in found))
+    _native.bi_attention_fwd(call, torch.get_num_threads())
+    return tuple(found)
+
+
+def _fwd_fake(query_b, key_a, value_a, value_b, live_a, live_b, seed, scale, dropout_a, dropout_b):
+    wide = torch.promote_types(query_b.dtype, torch.float32)
+    kinds = query_b.dtype, query_b.dtype, wide, wide, wide, wide
+    return tuple(query_b.new_empty(shape, dtype=kind)
+                 for shape, kind in zip(_shapes(query_b, key_a, value_a, value_b), kinds, strict=True))
+
+
+def _bwd(d_out_a, d_out_b, d_lse_a, d_lse_b, query_b, key_a, value_a, value_b, live_a, live_b, seed, out_a, stats_a,
+         stats_b, scale, dropout_a, dropout_b):
+    d_out_a, d_out_b = (g if g.dtype == query_b.dtype and g.stride(-1) == 1 else g.to(query_b.dtype).contiguous()
+                        for g in (d_out_a, d_out_b))
+    d_lse_a, d_lse_b = d_lse_a.contiguous(), d_lse_b.contiguous()
+    found = [torch.empty(x.shape, dtype=x.dtype) for x in (query_b, key_a, value_a, value_b)]
+    call, _alive = _call(query_b, key_a, value_a, value_b, live_a, live_b, seed, scale, dropout_a, dropout_b)
+    call.outputs(out_a.data_ptr(), 0, 0, 0, stats_a.data_ptr(), stats_b.data_ptr())
+    call.gradients(d_out_a.data_ptr(), d_out_a.stride(), d_out_b.data_ptr(), d_out_b.stride(), d_lse_a.data_ptr(),
+                   d_lse_b.data_ptr(), *(x.data_ptr() for x in found))
+    _native.bi_attention_bwd(call, torch.get_num_threads())
+    return tuple(found)
+
+
+def _bwd_fake(d_out_a, d_out_b, d_lse_a, d_lse_b, query_b, key_a, value_a, value_b, *_rest):
+    return tuple(x.new_empty(x.shape) for x in (query_b, key_a, value_a, value_b))
+
+
+for _name, _run, _fake in (("bi_attention_fwd", _fwd, _fwd_fake), ("bi_attention_bwd", _bwd, _bwd_fake)):
+    _library.impl(_name, _run, "CPU")
+    torch.library.register_fake(f"vlmfast::{_name}", _fake, lib=_library)
+_fwd_op, _bwd_op = torch.ops.vlmfast.bi_attention_fwd.default, torch.ops.vlmfast.bi_attention_bwd.default
