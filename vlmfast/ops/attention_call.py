@@ -177,9 +177,9 @@ def sizes(d: Direction) -> tuple[int, int, int, int]:
     return (d.query if pair is None else pair).shape[0], d.query.shape[2], d.query.shape[1], d.key.shape[1]
 
 
-def out_shapes(d: Direction, native: bool) -> tuple:
+def out_shapes(d: Direction, size: tuple[int, int, int, int], native: bool) -> tuple:
     """Shapes of out, probs, lse and the probabilities kept for the backward; None for what is not wanted."""
-    batch, heads, sq, sk = sizes(d)
+    batch, heads, sq, sk = size
     dv, options = d.value.shape[-1], d.options
     if options.cu_q is not None:
         return (*d.query.shape[:2], dv), None, (sq, heads) if d.flags & LSE else None, None
@@ -255,11 +255,12 @@ def _forward(name: str, directions: list[Direction], seed: Tensor | None) -> lis
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     results, calls = [], []
     for index, d in enumerate(directions):
-        out, probs, lse, kept = out_shapes(d, True)
-        found = (torch.empty(out, dtype=dtype), None if probs is None else torch.empty(probs, dtype=dtype),
+        size = sizes(d)
+        out, probs, lse, kept = out_shapes(d, size, True)
+        found = (query.new_empty(out), None if probs is None else query.new_empty(probs),
                  None if lse is None else torch.empty(lse, dtype=wide),
                  None if kept is None else torch.empty(kept, dtype=wide))
-        call = native.direction(d, sizes(d), bool(d.flags & CAUSAL), bool(d.flags & PROBS_DROPOUT), seed, index)
+        call = native.direction(d, size, bool(d.flags & CAUSAL), bool(d.flags & PROBS_DROPOUT), seed, index)
         native.outputs(call, *found)
         results.append(found)
         calls.append(call)
@@ -363,7 +364,7 @@ def _fwd_fake(inputs, bias, options, seed, scale, dropout, flags, name):
     wide = torch.promote_types(dtype, torch.float32)
     results = []
     for d in _per_direction(inputs, bias, options, scale, dropout, flags):
-        for shape, kind in zip(out_shapes(d, is_native), (dtype, dtype, wide, wide), strict=True):
+        for shape, kind in zip(out_shapes(d, sizes(d), is_native), (dtype, dtype, wide, wide), strict=True):
             results.append(inputs[0].new_empty(0) if shape is None else inputs[0].new_empty(shape, dtype=kind))
     return results
 

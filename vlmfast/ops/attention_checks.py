@@ -11,12 +11,15 @@ from .attention_native import DTYPES
 def check_streams(op: str, names: tuple[str, ...], tensors: tuple[Tensor, ...], rank: int = 4) -> tuple[Tensor, ...]:
     """Same dtype, device and rank for all; the last dimension contiguous."""
     first = tensors[0]
+    if not isinstance(first, Tensor):
+        return _streams_in_detail(op, names, tensors, rank)
+    dtype, device = first.dtype, first.device
     for x in tensors:
-        if not (isinstance(x, Tensor) and x.dtype == first.dtype and x.ndim == rank and x.device == first.device
+        if not (isinstance(x, Tensor) and x.dtype is dtype and x.ndim == rank and x.device == device
                 and (x.stride(-1) == 1 or x.shape[-1] <= 1)):
             return _streams_in_detail(op, names, tensors, rank)
-    if first.dtype not in DTYPES:
-        raise TypeError(f"{op}: {names[0]} is {first.dtype}, it must be float32, float64, bfloat16 or float16")
+    if dtype not in DTYPES:
+        raise TypeError(f"{op}: {names[0]} is {dtype}, it must be float32, float64, bfloat16 or float16")
     return tensors
 
 
