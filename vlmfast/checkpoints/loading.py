@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.clip import CLIP, CLIPConfig
-from ..models.lxmert import LXMERT
-from ..models.vilbert import ViLBERT
+from ..models.lxmert import LXMERT, LXMERTConfig
+from ..models.vilbert import ViLBERT, ViLBERTConfig
 from . import huggingface, lxmert, open_clip, openai, vilbert
 from .files import is_zip, key_bytes, open_zip, read_json
 from .state import check_shapes, common_dtype, report_keys
@@ -92,8 +92,8 @@ def load(
             config object. Without it sizes come from the tensors, and head counts are those of the public models.
 
     Returns:
-        The model. A CLIP's `model.preprocess` is its ImagePreprocess, `model.tokenizer` a CLIPTokenizer when
-        vocabulary files lie beside the checkpoint, else None.
+        The model. `model.tokenizer` is a CLIPTokenizer or WordPieceTokenizer when vocabulary files lie beside the
+        checkpoint, else None; a CLIP's `model.preprocess` is its ImagePreprocess.
 
     Raises:
         FileNotFoundError: no such file, or one that belongs to the checkpoint is absent.
@@ -110,9 +110,11 @@ def load(
         if image_size is not None or quick_gelu is not None:
             raise ValueError(f"load: image_size and quick_gelu belong to CLIP, {path} is {format}")
         try:
-            return _TWO_STREAM[format].load(path, config=config, strict=strict, device=device, dtype=dtype)
+            model = _TWO_STREAM[format].load(path, config=config, strict=strict, device=device, dtype=dtype)
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path}: a setting has the wrong type ({error})") from error
+        model.tokenizer = _wordpiece(path if path.is_dir() else path.parent, model.config)
+        return model
     if format not in _FORMATS:
         formats = ", ".join([*_FORMATS, "vlmfast", *_TWO_STREAM])
         raise ValueError(f"load: format is {format!r}, must be one of {formats}")
@@ -191,6 +193,21 @@ def _tokenizer(folder: Path, config: CLIPConfig):
     tokenizer = CLIPTokenizer.from_file(vocabulary, context_length=config.context_length)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"{vocabulary}: has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}")
+    return tokenizer
+
+
+def _wordpiece(folder: Path, config: ViLBERTConfig | LXMERTConfig):
+    """The WordPieceTokenizer whose vocabulary lies in `folder`, or None."""
+    if not any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
+        return None
+    if getattr(config, "model", "bert") != "bert":  # RoBERTa's vocabulary is another kind
+        return None
+    from ..data.wordpiece import WordPieceTokenizer
+
+    tokenizer = WordPieceTokenizer.from_file(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{folder}: the vocabulary has {tokenizer.vocab_size} tokens, the model only "
+                         f"{config.vocab_size}")
     return tokenizer
 
 

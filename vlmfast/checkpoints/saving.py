@@ -33,6 +33,8 @@ def save_pretrained(model: CLIP | ViLBERT | LXMERT, folder: str | Path) -> str:
         if isinstance(model, kind):
             with atomic_folder(Path(folder)) as stage:
                 source.save(model, stage)
+                if model.tokenizer is not None:
+                    model.tokenizer.save(stage)
             return layout
     if not isinstance(model, CLIP):
         raise TypeError(f"save_pretrained: model is a {type(model).__name__}, must be a CLIP, ViLBERT or LXMERT")

@@ -1,10 +1,12 @@
-"""Tokenizer, image preprocessing, image-text data sets and region features. Names load on first use: a light import."""
+"""Tokenizers, image preprocessing, image-text data sets and region features. Names load on first use."""
 
 from importlib import import_module
 
 _HOME = {
     "CLIPTokenizer": "tokenizer",
     "clean_text": "tokenizer",
+    "BertTokens": "wordpiece",
+    "WordPieceTokenizer": "wordpiece",
     "ImagePreprocess": "images",
     "load_image": "images",
     "check_image": "images",
