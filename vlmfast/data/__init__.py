@@ -57,3 +57,6 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted(set(globals()) | set(_HOME))
+
+
+_MODULES.add("annotations")
