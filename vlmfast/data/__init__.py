@@ -44,7 +44,8 @@ _HOME = {
     "uniter_region_count": "region_boxes",
 }
 
-_MODULES = {*_HOME.values(), "bpe", "captions", "preprocess_config", "region_arrays", "region_formats", "region_tsv"}
+_MODULES = {*_HOME.values(), "annotations", "bpe", "captions", "preprocess_config", "region_arrays", "region_formats",
+            "region_tsv"}
 
 __all__ = sorted(_HOME)
 

@@ -1,50 +1,81 @@
 """What a trained model is asked to do, with the metrics: zero-shot classification and retrieval of dual encoders;
-questions, statements, choices, grounding and retrieval of ViLBERT and LXMERT."""
+questions, statements, choices, grounding and retrieval of ViLBERT and LXMERT; decoding of texts; scores of captions,
+translations, affect and navigation. Names load on first use."""
 
-from .answer_metrics import accuracy, nlvr2_consistency, normalize_answer, vqa_accuracy, vqa_score
-from .answers import read_answers, write_answers
-from .cross_encoder import CrossEncoderRetriever, RegionMatch
-from .grounding import Grounded, Grounding, box_iou, grounding_accuracy
-from .metrics import RecallReport, best_ranks, chance_recall, recall_at_k, recall_of_scores, same_caption_ids
-from .reasoning import ENTAILMENT, NLVR2, VCR, Choice, VisualEntailment
-from .retrieval import Match, Retriever
-from .two_stream import PairAttention, PairTask, as_regions
-from .vqa import GQA, VQA, Answer
-from .zero_shot import TEMPLATES, ZeroShotClassifier
+from importlib import import_module
 
-__all__ = [
-    "ENTAILMENT",
-    "GQA",
-    "NLVR2",
-    "TEMPLATES",
-    "VCR",
-    "VQA",
-    "Answer",
-    "Choice",
-    "CrossEncoderRetriever",
-    "Grounded",
-    "Grounding",
-    "Match",
-    "PairAttention",
-    "PairTask",
-    "RecallReport",
-    "RegionMatch",
-    "Retriever",
-    "VisualEntailment",
-    "ZeroShotClassifier",
-    "accuracy",
-    "as_regions",
-    "best_ranks",
-    "box_iou",
-    "chance_recall",
-    "grounding_accuracy",
-    "nlvr2_consistency",
-    "normalize_answer",
-    "read_answers",
-    "recall_at_k",
-    "recall_of_scores",
-    "same_caption_ids",
-    "vqa_accuracy",
-    "vqa_score",
-    "write_answers",
-]
+_HOME = {
+    "accuracy": "answer_metrics",
+    "nlvr2_consistency": "answer_metrics",
+    "normalize_answer": "answer_metrics",
+    "vqa_accuracy": "answer_metrics",
+    "vqa_score": "answer_metrics",
+    "read_answers": "answers",
+    "write_answers": "answers",
+    "CrossEncoderRetriever": "cross_encoder",
+    "RegionMatch": "cross_encoder",
+    "Grounded": "grounding",
+    "Grounding": "grounding",
+    "box_iou": "grounding",
+    "grounding_accuracy": "grounding",
+    "RecallReport": "metrics",
+    "best_ranks": "metrics",
+    "chance_recall": "metrics",
+    "recall_at_k": "metrics",
+    "recall_of_scores": "metrics",
+    "same_caption_ids": "metrics",
+    "ENTAILMENT": "reasoning",
+    "NLVR2": "reasoning",
+    "VCR": "reasoning",
+    "Choice": "reasoning",
+    "VisualEntailment": "reasoning",
+    "Match": "retrieval",
+    "Retriever": "retrieval",
+    "PairAttention": "two_stream",
+    "PairTask": "two_stream",
+    "as_regions": "two_stream",
+    "GQA": "vqa",
+    "VQA": "vqa",
+    "Answer": "vqa",
+    "TEMPLATES": "zero_shot",
+    "ZeroShotClassifier": "zero_shot",
+    "ClassificationScores": "affect_metrics",
+    "IntensityScores": "affect_metrics",
+    "MultiLabelScores": "affect_metrics",
+    "classification_scores": "affect_metrics",
+    "intensity_scores": "affect_metrics",
+    "multi_label_scores": "affect_metrics",
+    "pearson": "affect_metrics",
+    "DecodingRules": "decoding",
+    "Hypothesis": "decoding",
+    "beam_search": "decoding",
+    "greedy": "decoding",
+    "mask_step": "decoding",
+    "sample": "decoding",
+    "NavigationScores": "navigation_metrics",
+    "Trajectory": "navigation_metrics",
+    "navigation_scores": "navigation_metrics",
+    "ndtw": "navigation_metrics",
+    "CiderD": "text_metrics",
+    "CiderScore": "text_metrics",
+    "TextScore": "text_metrics",
+    "bleu": "text_metrics",
+    "chrf": "text_metrics",
+    "cider_d": "text_metrics",
+}
+
+_MODULES = {*_HOME.values()}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_HOME))
