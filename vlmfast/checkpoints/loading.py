@@ -5,18 +5,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models.clip import CLIP, CLIPConfig
-from ..models.lxmert import LXMERT, LXMERTConfig
-from ..models.vilbert import ViLBERT, ViLBERTConfig
-from . import huggingface, lxmert, open_clip, openai, vilbert
+from ..models.config import ModelConfig
+from . import huggingface, open_clip, openai
 from .files import is_zip, key_bytes, open_zip, read_json
+from .formats import BERT_LIKE, BY_MODEL_TYPE
 from .state import check_shapes, common_dtype, report_keys
 
 _FORMATS = {"openai": openai, "open_clip": open_clip, "huggingface": huggingface}
-_TWO_STREAM = {"vilbert": vilbert, "lxmert": lxmert}
-_TELLING_KEYS = {b"encoder.c_layer.": "vilbert", b"encoder.x_layers.": "lxmert"}
 _BPE_NAME = "bpe_simple_vocab_16e6.txt.gz"
 
 
@@ -33,7 +31,7 @@ def detect_format(path: str | Path) -> str:
         if "config.json" in names and names & set(huggingface.WEIGHT_NAMES):
             content = read_json(path / "config.json")
             kind = "vilbert" if "v_biattention_id" in content else content.get("model_type")
-            return kind if kind in _TWO_STREAM else "huggingface"
+            return BY_MODEL_TYPE.get(kind, "huggingface") if isinstance(kind, str) else "huggingface"
         if names & {open_clip.CONFIG_NAME, *open_clip.WEIGHT_NAMES}:
             return "open_clip"
         raise ValueError(
@@ -43,9 +41,9 @@ def detect_format(path: str | Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder")
     head = key_bytes(path)
-    for key, kind in _TELLING_KEYS.items():
-        if key in head:
-            return kind
+    for name, entry in BERT_LIKE.items():
+        if any(key in head for key in entry.keys):
+            return name
     if path.name in huggingface.WEIGHT_NAMES and (path.parent / "config.json").is_file():
         return "huggingface"
     if path.suffix == ".safetensors":
@@ -73,22 +71,22 @@ def load(
     image_size: int | None = None,
     quick_gelu: bool | None = None,
     config=None,
-) -> CLIP | ViLBERT | LXMERT:
+) -> nn.Module:
     """A model in evaluation mode from a public or own checkpoint. No code in the file is executed.
 
     Args:
         path: CLIP: OpenAI TorchScript `.pt`; open_clip `.pt`, `.bin`, `.safetensors` or folder; Hugging Face folder.
-            ViLBERT: the authors' `.bin`, or a folder with it and config.json. LXMERT: the authors' `.pth`, or a
-            Hugging Face folder.
-        format: "openai", "open_clip", "huggingface", "vilbert", "lxmert", or None to detect it. "vlmfast" is a folder
-            written by `save_pretrained`, in any layout.
+            BERT-like models: the authors' file, a folder with it and config.json, or a Hugging Face folder of LXMERT
+            or VisualBERT; of VisualBERT and UNITER also MMF's names.
+        format: "openai", "open_clip", "huggingface", a BERT-like model ("vilbert", "lxmert", "visualbert", "uniter",
+            "vlbert", ...), or None to detect it. "vlmfast" is a folder written by `save_pretrained`, in any layout.
         strict: raise on missing and unknown keys. False warns instead; missing tensors keep their initial values.
         device: where the model goes.
         dtype: of all parameters. None keeps the stored one, or float32 where several are mixed (OpenAI's files).
         image_size: pixels; another one than stored resizes the position grid (bicubic, antialiased).
         quick_gelu: overrides the activation. Needed for bare open_clip state dicts of GELU models, which do not
             store it: they default to QuickGELU, with a warning.
-        config: of ViLBERT and LXMERT files that have none beside them: a path to the JSON file, its content or a
+        config: of BERT-like models' files that have none beside them: a path to the JSON file, its content or a
             config object. Without it sizes come from the tensors, and head counts are those of the public models.
 
     Returns:
@@ -105,21 +103,22 @@ def load(
     if format in (None, "vlmfast") or not path.exists():
         format = detect_format(path)
     elif format == "huggingface" and (path / "config.json").is_file():
-        format = "lxmert" if read_json(path / "config.json").get("model_type") == "lxmert" else format
-    if format in _TWO_STREAM:
+        kind = BY_MODEL_TYPE.get(str(read_json(path / "config.json").get("model_type")))
+        format = kind if kind and BERT_LIKE[kind].layout == "huggingface" else format
+    if format in BERT_LIKE:
         if image_size is not None or quick_gelu is not None:
             raise ValueError(f"load: image_size and quick_gelu belong to CLIP, {path} is {format}")
         try:
-            model = _TWO_STREAM[format].load(path, config=config, strict=strict, device=device, dtype=dtype)
+            model = BERT_LIKE[format].module.load(path, config=config, strict=strict, device=device, dtype=dtype)
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path}: a setting has the wrong type ({error})") from error
         model.tokenizer = _wordpiece(path if path.is_dir() else path.parent, model.config)
         return model
     if format not in _FORMATS:
-        formats = ", ".join([*_FORMATS, "vlmfast", *_TWO_STREAM])
+        formats = ", ".join([*_FORMATS, "vlmfast", *BERT_LIKE])
         raise ValueError(f"load: format is {format!r}, must be one of {formats}")
     if config is not None:
-        raise ValueError(f"load: config belongs to ViLBERT and LXMERT, {path} is {format}")
+        raise ValueError(f"load: config belongs to BERT-like models, {path} is {format}")
     source = _FORMATS[format]
     try:
         values, state = source.read(path)
@@ -196,7 +195,7 @@ def _tokenizer(folder: Path, config: CLIPConfig):
     return tokenizer
 
 
-def _wordpiece(folder: Path, config: ViLBERTConfig | LXMERTConfig):
+def _wordpiece(folder: Path, config: ModelConfig):
     """The WordPieceTokenizer whose vocabulary lies in `folder`, or None."""
     if not any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
         return None

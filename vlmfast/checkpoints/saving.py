@@ -3,41 +3,41 @@
 import json
 from pathlib import Path
 
+from torch import nn
+
 from ..models.clip import CLIP
-from ..models.lxmert import LXMERT
-from ..models.vilbert import ViLBERT
-from . import huggingface, lxmert, open_clip, vilbert
+from . import huggingface, open_clip
 from .files import atomic_folder
+from .formats import BERT_LIKE
 
-_TWO_STREAM = {ViLBERT: ("vilbert", vilbert), LXMERT: ("huggingface", lxmert)}
 
-
-def save_pretrained(model: CLIP | ViLBERT | LXMERT, folder: str | Path) -> str:
+def save_pretrained(model: nn.Module, folder: str | Path) -> str:
     """Write a model with its sizes, activation, preprocessing and (if `model.tokenizer` is set) vocabulary.
 
-    ViLBERT is written as the authors' pytorch_model.bin with config.json, LXMERT as transformers' config.json and
-    model.safetensors. CLIP's layout is Hugging Face's CLIPModel: config.json, model.safetensors,
-    preprocessor_config.json. What that cannot hold (ResNet towers, a logit bias, images padded to a square) is written
-    in open_clip's layout instead: open_clip_config.json, open_clip_model.safetensors. Files are written under a
-    temporary name and then renamed.
-    Preprocessing is `model.preprocess` without its random part, or CLIP's own with the config's mean and std.
+    LXMERT and VisualBERT are written as transformers' config.json and model.safetensors, other BERT-like models as
+    the authors' pytorch_model.bin with config.json. CLIP's layout is Hugging Face's CLIPModel: config.json,
+    model.safetensors, preprocessor_config.json. What that cannot hold (ResNet towers, a logit bias, images padded to a
+    square) is written in open_clip's layout instead: open_clip_config.json, open_clip_model.safetensors. Files are
+    written under a temporary name and then renamed. Preprocessing is `model.preprocess` without its random part, or
+    CLIP's own with the config's mean and std.
 
     Returns:
-        The layout written, "huggingface", "open_clip" or "vilbert".
+        The layout written: "huggingface", "open_clip", or the name of a BERT-like model.
 
     Raises:
         TypeError: not one of these models.
         FileExistsError: the folder holds a checkpoint in the other layout.
     """
-    for kind, (layout, source) in _TWO_STREAM.items():
-        if isinstance(model, kind):
+    for entry in BERT_LIKE.values():
+        if isinstance(model, entry.model):
             with atomic_folder(Path(folder)) as stage:
-                source.save(model, stage)
+                entry.module.save(model, stage)
                 if model.tokenizer is not None:
                     model.tokenizer.save(stage)
-            return layout
+            return entry.layout
     if not isinstance(model, CLIP):
-        raise TypeError(f"save_pretrained: model is a {type(model).__name__}, must be a CLIP, ViLBERT or LXMERT")
+        kinds = ", ".join(entry.model.__name__ for entry in BERT_LIKE.values())
+        raise TypeError(f"save_pretrained: model is a {type(model).__name__}, must be a CLIP or one of {kinds}")
     from safetensors.torch import save_file
 
     from ..data.images import ImagePreprocess

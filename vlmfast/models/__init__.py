@@ -6,27 +6,53 @@ from functools import partial
 
 from torch import nn
 
-from . import clip, lxmert, vilbert
+from . import clip, imagebert, lxmert, pixelbert, uniter, vdbert, vilbert, visualbert, vlbert
 from .clip import CLIP, CLIPConfig, CLIPOutput
+from .imagebert import ImageBERT, ImageBERTConfig
 from .lxmert import LXMERT, LXMERTConfig, LXMERTOutput
+from .pixelbert import PixelBERT, PixelBERTConfig
+from .single_stream import SingleStreamOutput
+from .uniter import UNITER, UNITERConfig
+from .vdbert import VDBERT, VDBERTConfig
 from .vilbert import ViLBERT, ViLBERTConfig, ViLBERTOutput
+from .visualbert import VisualBERT, VisualBERTConfig
+from .vlbert import VLBERT, VLBERTConfig
 
 __all__ = [
     "CLIP",
     "CLIPConfig",
     "CLIPOutput",
+    "ImageBERT",
+    "ImageBERTConfig",
     "LXMERT",
     "LXMERTConfig",
     "LXMERTOutput",
+    "PixelBERT",
+    "PixelBERTConfig",
+    "SingleStreamOutput",
+    "UNITER",
+    "UNITERConfig",
+    "VDBERT",
+    "VDBERTConfig",
+    "VLBERT",
+    "VLBERTConfig",
     "ViLBERT",
     "ViLBERTConfig",
     "ViLBERTOutput",
+    "VisualBERT",
+    "VisualBERTConfig",
     "clip",
     "create",
+    "imagebert",
     "list_models",
     "lxmert",
+    "pixelbert",
     "register",
+    "uniter",
+    "vdbert",
     "vilbert",
+    "visualbert",
+    "vlbert",
 ]
 
 _builders: dict[str, Callable[..., nn.Module]] = {}
@@ -67,6 +93,6 @@ def create(name: str, **overrides) -> nn.Module:
     return builder(**overrides)
 
 
-for _module in (clip, vilbert, lxmert):
+for _module in (clip, vilbert, lxmert, visualbert, uniter, vlbert, vdbert, pixelbert, imagebert):
     for _name in _module.PRESETS:
         register(_name, partial(_module.build, _name))
