@@ -1,8 +1,18 @@
-"""Pretraining losses: contrastive ones as modules, those of the BERT-like models as functions."""
+"""Pretraining objectives: `Pretraining` runs any of them on any model; beneath it the losses, masks and negatives."""
 
-from vlmfast.objectives import bert_like
-from vlmfast.objectives.bert_like import PretrainingLoss, lxmert_pretraining_loss, vilbert_pretraining_loss
+from vlmfast.objectives import bert_like, language, masking, matching, multitask, regions, unsupervised
+from vlmfast.objectives.batch import PretrainingBatch
+from vlmfast.objectives.bert_like import lxmert_pretraining_loss, vilbert_pretraining_loss
+from vlmfast.objectives.common import PretrainingLoss
 from vlmfast.objectives.contrastive import AlignLoss, ClipLoss, InfoNCE, SigLipLoss, UniCLLoss, fill_web_labels
+from vlmfast.objectives.models import HEADS, OBJECTIVES, Heads
+from vlmfast.objectives.multitask import MultiTask, StopAndGo, Task, TaskSampler
+from vlmfast.objectives.presets import PRESETS, Conventions
+from vlmfast.objectives.pretraining import Pretraining
+from vlmfast.objectives.unsupervised import TagPieces, UnpairedPretraining
 
-__all__ = ["AlignLoss", "ClipLoss", "InfoNCE", "PretrainingLoss", "SigLipLoss", "UniCLLoss", "bert_like",
-           "fill_web_labels", "lxmert_pretraining_loss", "vilbert_pretraining_loss"]
+__all__ = ["HEADS", "OBJECTIVES", "PRESETS", "AlignLoss", "ClipLoss", "Conventions", "Heads", "InfoNCE", "MultiTask",
+           "Pretraining", "PretrainingBatch", "PretrainingLoss", "SigLipLoss", "StopAndGo", "TagPieces", "Task",
+           "TaskSampler", "UniCLLoss", "UnpairedPretraining", "bert_like", "fill_web_labels", "language",
+           "lxmert_pretraining_loss", "masking", "matching", "multitask", "regions", "unsupervised",
+           "vilbert_pretraining_loss"]
