@@ -2,16 +2,18 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
+from tasks.every_model import SIDE, build, options
 from tasks.pair_helpers import ANSWERS, GQA_ANSWERS, PICTURES, TEXTS, TOKENIZER, lxmert, vilbert
 
 import vlmfast
 from vlmfast.cli import main
 from vlmfast.data import write_regions
-from vlmfast.tasks import GQA, VQA, write_answers
+from vlmfast.tasks import GQA, VQA, with_head, write_answers
 
 QUESTION = TEXTS[0]
 
@@ -115,7 +117,42 @@ def test_errors_are_one_line(home, capsys, monkeypatch, change, text):
     assert len(lines) == 1 and lines[0].startswith("vlmfast answer: error: ") and text in lines[0], lines
 
 
+@pytest.mark.parametrize("kind", ["VisualBERT", "UNITER", "VLBERT", "VDBERT", "ImageBERT", "PixelBERT"])
+def test_every_model_answers(home, tmp_path, capsys, kind):
+    model = with_head(build(kind), "vqa", len(ANSWERS))
+    vlmfast.save_pretrained(model, tmp_path / "run")
+    write_answers(tmp_path / "run", ANSWERS)
+    photo, show = home / "img2.png", tmp_path / "maps.png"
+    pixels = kind == "PixelBERT"
+    picture = ["--image-size", str(SIDE)] if pixels else ["--regions", str(tmp_path / "one.tsv")]
+    one = PICTURES[2]  # with attributes, so that the file keeps classes and confidences
+    write_regions(tmp_path / "one.tsv", [replace(one, attributes=one.classes, attribute_confidences=one.confidences)])
+    command = ["answer", str(tmp_path / "run"), QUESTION, *picture, "--image", str(photo)]
+    assert main([*command, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    loaded = vlmfast.load(tmp_path / "run")
+    wanted = VQA(loaded, ANSWERS, **options(kind, loaded))(QUESTION, str(photo) if pixels else PICTURES[2])
+    assert [entry["answer"] for entry in printed["answers"]] == [text for text, _ in wanted.top]
+    assert printed["answers"][0]["probability"] == pytest.approx(wanted.probability, abs=1e-5)
+    assert main([*command, "--show", str(show)]) == 0 and Image.open(show).width > 500
+    assert ("read by its pixels" in capsys.readouterr().out) is pixels
+    bare = [part for part in command if part not in (picture if not pixels else ["--image", str(photo)])]
+    assert main(bare) == 2
+    assert f"reads {'pixels; give --image' if pixels else 'region features; give --regions'}" in capsys.readouterr().err
+    if not pixels:
+        assert main([*command, "--image-size", "64"]) == 2
+        assert f"--image-size belongs to Pixel-BERT, the model is a {kind}" in capsys.readouterr().err
+
+
+def test_the_drawing_has_a_name_where_none_is_given(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["answer", str(home / "vilbert"), QUESTION, "--regions", str(home / "four.tsv"), "--image",
+               str(home / "img2.png"), "--show"]  # fmt: skip
+    assert main(command) == 0 and Image.open("attention.png").width > 500
+    assert "attention in attention.png" in capsys.readouterr().out
+
+
 def test_a_clip_is_refused(home, tmp_path, capsys):
     vlmfast.save_pretrained(vlmfast.create("clip-tiny", vocab_size=600, context_length=16), tmp_path / "clip")
     assert main(["answer", str(tmp_path / "clip"), QUESTION, "--regions", str(home / "one.tsv")]) == 2
-    assert "is a CLIP, must be a ViLBERT or LXMERT" in capsys.readouterr().err
+    assert "is a CLIP, must be one of ViLBERT, LXMERT" in capsys.readouterr().err

@@ -33,7 +33,9 @@ def picture(seed: int, count: int = 5, width: float = 320, height: float = 200, 
     corner = torch.rand(count, 2, generator=generator) * 0.5
     size = torch.rand(count, 2, generator=generator) * 0.5
     boxes = torch.cat([corner, corner + size], 1) * torch.tensor([width, height] * 2)
-    return Regions(f"img{seed}", torch.randn(count, dim, generator=generator), boxes, width, height)
+    features, classes = torch.randn(count, dim, generator=generator), torch.randint(5, (count,), generator=generator)
+    return Regions(f"img{seed}", features, boxes, width, height, classes=classes,
+                   confidences=torch.rand(count, generator=generator))
 
 
 PICTURES = [picture(0), picture(1, 3), picture(2, 8), picture(3, 4, 100, 300)]

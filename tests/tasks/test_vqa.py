@@ -181,7 +181,7 @@ def test_errors_name_what_is_wrong():
         VQA(lxmert(heads="vqa", images_per_answer=2), GQA_ANSWERS)
     with pytest.raises(ValueError, match="in_batch_pairs is True, must be False"):
         VQA(vilbert(in_batch_pairs=True), ANSWERS)
-    with pytest.raises(TypeError, match="model is Linear, must be a ViLBERT or LXMERT"):
+    with pytest.raises(TypeError, match="model is Linear, must be one of ViLBERT, LXMERT, VisualBERT"):
         VQA(torch.nn.Linear(2, 2), ANSWERS)
     with pytest.raises(ValueError, match="probabilities is 'tanh', must be"):
         VQA(model, ANSWERS, probabilities="tanh")

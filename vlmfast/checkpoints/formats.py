@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from types import ModuleType
 
+from ..models.image_seq2seq import ImageSeq2Seq
 from ..models.imagebert import ImageBERT
 from ..models.lxmert import LXMERT
 from ..models.pixelbert import PixelBERT
@@ -11,7 +12,7 @@ from ..models.vdbert import VDBERT
 from ..models.vilbert import ViLBERT
 from ..models.visualbert import VisualBERT
 from ..models.vlbert import VLBERT
-from . import imagebert, lxmert, pixelbert, uniter, vdbert, vilbert, visualbert, vlbert
+from . import image_seq2seq, imagebert, lxmert, pixelbert, uniter, vdbert, vilbert, visualbert, vlbert
 
 
 @dataclass(frozen=True)
@@ -44,5 +45,7 @@ BERT_LIKE: dict[str, BertLike] = {
     "pixelbert": BertLike(pixelbert, PixelBERT, "pixelbert", pixelbert.MODEL_TYPE, (b"cnn.grid_encoder.0.weight",)),
     "imagebert": BertLike(imagebert, ImageBERT, "imagebert", imagebert.MODEL_TYPE,
                           (b"bert.embeddings.image_location_embeddings",)),
+    "image_seq2seq": BertLike(image_seq2seq, ImageSeq2Seq, "image_seq2seq", image_seq2seq.MODEL_TYPE,
+                              (b"decoder.0.cross_attention.",)),
 }
 BY_MODEL_TYPE = {entry.model_type: name for name, entry in BERT_LIKE.items()}

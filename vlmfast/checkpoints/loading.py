@@ -13,6 +13,7 @@ from . import huggingface, open_clip, openai
 from .files import is_zip, key_bytes, open_zip, read_json
 from .formats import BERT_LIKE, BY_MODEL_TYPE
 from .state import check_shapes, common_dtype, report_keys
+from .tasks import for_task
 
 _FORMATS = {"openai": openai, "open_clip": open_clip, "huggingface": huggingface}
 _BPE_NAME = "bpe_simple_vocab_16e6.txt.gz"
@@ -65,6 +66,8 @@ def load(
     path: str | Path,
     format: str | None = None,
     *,
+    task: str | None = None,
+    labels=None,
     strict: bool = True,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
@@ -80,6 +83,10 @@ def load(
             or VisualBERT; of VisualBERT and UNITER also MMF's names.
         format: "openai", "open_clip", "huggingface", a BERT-like model ("vilbert", "lxmert", "visualbert", "uniter",
             "vlbert", ...), or None to detect it. "vlmfast" is a folder written by `save_pretrained`, in any layout.
+        task: a task of `vlmfast tasks`, "vqa" for example: the model gets a head for it, new and untrained where the
+            checkpoint has none (with a warning), in place of its other heads.
+        labels: of a new head: how many answers there are for "vqa" and "gqa" (None: those of an answer list beside the
+            checkpoint, else the config's default); for "affect" names, or a `models.AffectConfig`.
         strict: raise on missing and unknown keys. False warns instead; missing tensors keep their initial values.
         device: where the model goes.
         dtype: of all parameters. None keeps the stored one, or float32 where several are mixed (OpenAI's files).
@@ -113,7 +120,7 @@ def load(
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path}: a setting has the wrong type ({error})") from error
         model.tokenizer = _wordpiece(path if path.is_dir() else path.parent, model.config)
-        return model
+        return model if task is None else for_task(model, path, task, labels)
     if format not in _FORMATS:
         formats = ", ".join([*_FORMATS, "vlmfast", *BERT_LIKE])
         raise ValueError(f"load: format is {format!r}, must be one of {formats}")
@@ -159,7 +166,7 @@ def load(
     model = model.to(device=device, dtype=dtype).eval() if missing else model.eval()
     model.preprocess = preprocess
     model.tokenizer = _tokenizer(folder, config)
-    return model
+    return model if task is None else for_task(model, path, task, labels)
 
 
 def _preprocess(source, folder: Path, image_size: int):

@@ -7,7 +7,7 @@ import sys
 
 from ..version import __version__
 
-COMMANDS = ("info", "demo", "train", "retrieve", "answer")
+COMMANDS = ("info", "demo", "train", "retrieve", "answer", "caption", "tasks")
 
 
 def main(argv: list[str] | None = None) -> int:

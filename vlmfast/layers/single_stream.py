@@ -124,6 +124,17 @@ class SingleStream:
         ones. Such a stream stays padded."""
         return replace(self, rows=replace(self.rows, prefix=prefix), dense=True)
 
+    def with_text_prefix(self, prefix: Tensor, dtype: torch.dtype) -> "SingleStream":
+        """As `with_prefix` where the text is segment 0: its rows from prefix [B] on are seen by themselves and later
+        rows of the text, all other rows by all. dtype is that of the additive mask."""
+        size, tokens = sum(segment.size for segment in self.segments), self.segments[0].size
+        place = torch.arange(size, device=self.device)
+        written = (place >= prefix.to(self.device)[:, None]) & (place < tokens)  # [B, S]
+        reader = place[:, None]
+        hidden = written[:, None] & ((place > reader) | (reader >= tokens))  # [B, S, S]
+        bias = torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill(hidden, -torch.inf)
+        return self.with_bias(bias[:, None])
+
     def with_bias(self, bias: Tensor) -> "SingleStream":
         """With [B|1, H|1, S|1, S] added to the scores. Such a stream stays padded."""
         old = self.rows.bias

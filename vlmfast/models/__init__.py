@@ -6,8 +6,10 @@ from functools import partial
 
 from torch import nn
 
-from . import clip, imagebert, lxmert, pixelbert, uniter, vdbert, vilbert, visualbert, vlbert
+from . import clip, image_seq2seq, imagebert, lxmert, pixelbert, uniter, vdbert, vilbert, visualbert, vlbert
+from .affect import AffectConfig, AffectModel
 from .clip import CLIP, CLIPConfig, CLIPOutput
+from .image_seq2seq import ImageSeq2Seq, ImageSeq2SeqConfig, ImageSeq2SeqOutput
 from .imagebert import ImageBERT, ImageBERTConfig
 from .lxmert import LXMERT, LXMERTConfig, LXMERTOutput
 from .pixelbert import PixelBERT, PixelBERTConfig
@@ -19,11 +21,16 @@ from .visualbert import VisualBERT, VisualBERTConfig
 from .vlbert import VLBERT, VLBERTConfig
 
 __all__ = [
+    "AffectConfig",
+    "AffectModel",
     "CLIP",
     "CLIPConfig",
     "CLIPOutput",
     "ImageBERT",
     "ImageBERTConfig",
+    "ImageSeq2Seq",
+    "ImageSeq2SeqConfig",
+    "ImageSeq2SeqOutput",
     "LXMERT",
     "LXMERTConfig",
     "LXMERTOutput",
@@ -43,6 +50,7 @@ __all__ = [
     "VisualBERTConfig",
     "clip",
     "create",
+    "image_seq2seq",
     "imagebert",
     "list_models",
     "lxmert",
@@ -93,6 +101,6 @@ def create(name: str, **overrides) -> nn.Module:
     return builder(**overrides)
 
 
-for _module in (clip, vilbert, lxmert, visualbert, uniter, vlbert, vdbert, pixelbert, imagebert):
+for _module in (clip, vilbert, lxmert, visualbert, uniter, vlbert, vdbert, pixelbert, imagebert, image_seq2seq):
     for _name in _module.PRESETS:
         register(_name, partial(_module.build, _name))

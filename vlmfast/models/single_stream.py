@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..layers.bert import ACTIVATIONS, Transform
 from ..layers.single_stream import BertEncoder, SingleStream
+from .adapting import adapted
 from .config import ModelConfig
 
 
@@ -130,22 +131,7 @@ class SingleStreamModel(nn.Module):
         Raises:
             ValueError: unknown fields, or a tensor of both models whose shapes differ.
         """
-        config = self.config.to_dict() | changes
-        config["type_vocab_size"] += len(new_types)
-        config["vocab_size"] += new_words
-        model = type(self)(type(self.config).from_dict(config)).to(self.word_table)
-        new, old = model.state_dict(), self.state_dict()
-        old |= {key: value for key, value in self.inherited(old).items() if key not in old}
-        with torch.no_grad():
-            for key in new.keys() & old.keys():
-                value = old[key]
-                if key.endswith("token_type_embeddings.weight") and new_types:
-                    value = torch.cat([value, value[list(new_types)]])
-                if value.shape[1:] != new[key].shape[1:] or len(value) > len(new[key]):
-                    raise ValueError(f"adapted: {key} is {list(value.shape)}, the new model's {list(new[key].shape)}")
-                new[key][: len(value)] = value
-        model.tokenizer = self.tokenizer
-        return model.train(self.training)
+        return adapted(self, new_types=new_types, new_words=new_words, **changes)
 
     def inherited(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """What heads this model lacks start as, by our keys."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..layers.bert import EPS, MaskedLMHead, Pooler, TextEmbeddings, init_bert
 from ..layers.single_stream import SingleStream, set_eps
-from ..layers.streams import MASKED
+from ..layers.streams import MASKED, as_lengths
 from ..layers.transformer import LayerNorm
 from ..ops.attention import cross_attention
 from .single_stream import SingleStreamConfig, SingleStreamModel, SingleStreamOutput, in_groups
@@ -216,6 +216,7 @@ class UNITER(SingleStreamModel):
         *,
         text_lengths: Tensor | None = None,
         num_regions: Tensor | None = None,
+        prefix_lengths: Tensor | None = None,
         image_type_ids: Tensor | None = None,
         image_masked: Tensor | None = None,
         heads: tuple[str, ...] | None = None,
@@ -231,7 +232,11 @@ class UNITER(SingleStreamModel):
             attention_mask, image_mask: [B, T] and [B, R], 1 or True keeps a row; None: all. Masked keys get -10000,
                 as in the public code.
             text_lengths, num_regions: [B] integers in place of the masks: padding at the end is left out of the
-                computation (of whole layers, unless attention maps are asked for), and the states there are 0.
+                computation (of whole layers, unless attention maps or prefix_lengths are given), and the states there
+                are 0.
+            prefix_lengths: [B] integers, the sequence-to-sequence mask: the regions and text tokens before this one
+                are seen by all, the text behind them only by itself, from left to right (VLP, arXiv:1909.11059).
+                0 for captions. None: all see all.
             image_type_ids: [B, R] segments of the regions; None: 1. NLVR2: 1 for the left and 2 for the right image.
             image_masked: [B, R] bool, True where a region is masked: the mask embedding replaces its feature.
             heads: which scores to compute, None for all the model has that the inputs allow.
@@ -252,6 +257,11 @@ class UNITER(SingleStreamModel):
             raise ValueError("image_loc: is None, must be given with image_feat")
         stream = SingleStream.of_inputs(input_ids, image_feat, image_loc, (self.config.img_dim, 7), self.dtype,
                                         attention_mask, image_mask, text_lengths, num_regions)
+        if prefix_lengths is not None:
+            if input_ids is None:
+                raise ValueError("input_ids: is None, must be given with prefix_lengths")
+            prefix_lengths = as_lengths("prefix_lengths", prefix_lengths, stream.batch, input_ids.shape[1])
+            stream = stream.with_text_prefix(prefix_lengths, self.dtype)
         trunk, text, image = self.uniter, None, None
         if input_ids is not None:
             text = trunk.embeddings(input_ids, token_type_ids)  # [B, T, C]

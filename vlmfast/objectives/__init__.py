@@ -1,6 +1,6 @@
 """Pretraining objectives: `Pretraining` runs any of them on any model; beneath it the losses, masks and negatives."""
 
-from vlmfast.objectives import bert_like, language, masking, matching, multitask, regions, unsupervised
+from vlmfast.objectives import bert_like, language, masking, matching, multitask, regions, tasks, unsupervised
 from vlmfast.objectives.batch import PretrainingBatch
 from vlmfast.objectives.bert_like import lxmert_pretraining_loss, vilbert_pretraining_loss
 from vlmfast.objectives.common import PretrainingLoss
@@ -14,5 +14,5 @@ from vlmfast.objectives.unsupervised import TagPieces, UnpairedPretraining
 __all__ = ["HEADS", "OBJECTIVES", "PRESETS", "AlignLoss", "ClipLoss", "Conventions", "Heads", "InfoNCE", "MultiTask",
            "Pretraining", "PretrainingBatch", "PretrainingLoss", "SigLipLoss", "StopAndGo", "TagPieces", "Task",
            "TaskSampler", "UniCLLoss", "UnpairedPretraining", "bert_like", "fill_web_labels", "language",
-           "lxmert_pretraining_loss", "masking", "matching", "multitask", "regions", "unsupervised",
+           "lxmert_pretraining_loss", "masking", "matching", "multitask", "regions", "tasks", "unsupervised",
            "vilbert_pretraining_loss"]

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..data.regions import RegionFeatures, Regions
-from .two_stream import PairTask, as_regions, evaluating, is_one_picture
+from ..data.regions import RegionFeatures
+from .fine_tuning import TaskBatch
+from .pair_inputs import PairTask, evaluating, is_one_picture
 
 
 @dataclass(frozen=True)
@@ -20,34 +21,31 @@ class RegionMatch:
 
 
 class CrossEncoderRetriever(PairTask):
-    """Scores texts against the region features of pictures.
+    """Scores texts against pictures, by region features or, for Pixel-BERT, pixels.
 
     Every text is computed with every picture, `batch_size` pictures at a time; what belongs to the text alone is
     computed once for them.
 
     Args:
-        model: a ViLBERT or LXMERT.
-        head: "vil" (ViLBERT fine-tuned for retrieval, the logit), or the matching head of pretraining, "nsp" or
-            "matched" (the log odds of a match). None takes the first of these that the model has.
-        tokenizer, task_id, batch_size, max_tokens, max_regions: see `PairTask`.
+        model: any of the BERT-like models with a retrieval head ("vil", "rank"; the logit), or with the matching head
+            of pretraining ("nsp", "itm", "matched", "relationship"; the log odds of a match).
+        head: one of them; None takes the first of the model's.
+        options: see `PairTask`.
     """
 
     task = "retrieval"
 
-    def __init__(self, model, *, head: str | None = None, **options):
+    def __init__(self, model, **options):
         super().__init__(model, **options)
-        known = ("vil", "nsp", "matched")
-        if head is not None and head not in known:
-            raise ValueError(f"CrossEncoderRetriever: head is {head!r}, must be one of {', '.join(known)}")
-        self.head = self.require_head(*(known if head is None else (head,)))
-        self.pictures: Sequence[Regions] | RegionFeatures | None = None
+        self.pictures: Sequence | RegionFeatures | None = None
 
     def score(self, texts: str | Sequence[str], regions, *, progress: bool = False) -> Tensor:
         """How well each text fits each picture.
 
         Args:
             texts: T texts, or one.
-            regions: of I pictures: an opened RegionFeatures, read as it is needed, or a list (see `as_regions`).
+            regions: of I pictures: an opened RegionFeatures, read as it is needed, or a list (see `as_regions`; for
+                Pixel-BERT, `as_picture`).
             progress: show a progress bar.
 
         Returns:
@@ -67,10 +65,38 @@ class CrossEncoderRetriever(PairTask):
                 for text in texts:
                     with evaluating(self.model):
                         output = self.model(**self.inputs([text], chunk), heads=(self.head,))
-                    rows.append(self._fit(output.logits[self.head]))
+                    rows.append(self.fit(output.logits[self.head].float().cpu()))
                     bar.update(len(chunk))
                 columns.append(torch.stack(rows))
         return torch.cat(columns, dim=1)
+
+    def batch(self, texts: Sequence[str], regions: Sequence, *, options: int = 4,
+              generator: torch.Generator | None = None) -> TaskBatch:
+        """B texts with their pictures, each beside mismatches drawn from the others, to train on.
+
+        Option 0 is the pair, then come, in turn, another text for the picture and another picture for the text
+        (12-in-1 takes 4 options, arXiv:1912.02315).
+
+        Args:
+            texts, regions: B each, B >= 2; equal texts count as one and are no mismatches of each other.
+            options: of each example, at least 2.
+            generator: of the draws; None: torch's.
+
+        Raises:
+            TypeError, ValueError: naming the argument that does not fit.
+        """
+        texts, pictures, _ = self.examples(list(texts), list(regions))
+        if len(texts) != len(pictures) or len(set(texts)) < 2 or options < 2:
+            raise ValueError(f"CrossEncoderRetriever: {len(texts)} texts, {len(set(texts))} of them different, "
+                             f"{len(pictures)} pictures and {options} options; must be as many texts as pictures, at "
+                             "least 2 different texts and 2 options")
+        rows: list[tuple[int, int]] = []
+        for i, text in enumerate(texts):
+            others = [j for j, other in enumerate(texts) if other != text]
+            draws = torch.randint(len(others), (options - 1,), generator=generator).tolist()
+            rows += [(i, i)] + [(others[j], i) if k % 2 == 0 else (i, others[j]) for k, j in enumerate(draws)]
+        inputs = self.inputs([texts[i] for i, _ in rows], [pictures[j] for _, j in rows])
+        return TaskBatch(inputs, torch.zeros(len(texts), dtype=torch.int64, device=self.device))
 
     def add(self, regions) -> "CrossEncoderRetriever":
         """Sets the pictures that `search` looks through: an opened RegionFeatures or a list of regions."""
@@ -89,19 +115,12 @@ class CrossEncoderRetriever(PairTask):
             raise ValueError(f"CrossEncoderRetriever.search: top is {top}, must be at least 1")
         scores = self.score(query, self.pictures, progress=progress)[0]
         order = scores.argsort(descending=True, stable=True)[:top]
-        names = self.pictures.ids if isinstance(self.pictures, RegionFeatures) else \
-            [as_regions(picture).image_id for picture in self.pictures]
-        return [RegionMatch(names[i], scores[i].item(), scores[i].sigmoid().item()) for i in order.tolist()]
+        opened = isinstance(self.pictures, RegionFeatures)
+        return [RegionMatch(self.pictures.ids[i] if opened else self.picture(self.pictures[i]).image_id,
+                            scores[i].item(), scores[i].sigmoid().item()) for i in order.tolist()]
 
-    def _chunks(self, regions) -> Iterator[list[Regions]]:
+    def _chunks(self, regions) -> Iterator[list]:
         opened = isinstance(regions, RegionFeatures)
         for start in range(0, len(regions), self.batch_size):
             places = range(start, min(start + self.batch_size, len(regions)))
-            yield [regions[regions.ids[i]] if opened else as_regions(regions[i], f"regions[{i}]") for i in places]
-
-    def _fit(self, logits: Tensor) -> Tensor:
-        logits = logits.float().cpu()
-        if self.head == "vil":
-            return logits[:, 0]
-        match = 0 if self.head == "nsp" else 1  # ViLBERT's class of a match is 0, LXMERT's 1
-        return logits[:, match] - logits[:, 1 - match]
+            yield [regions[regions.ids[i]] if opened else self.picture(regions[i], f"regions[{i}]") for i in places]

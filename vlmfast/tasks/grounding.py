@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .two_stream import PairTask
+from .fine_tuning import TaskBatch
+from .pair_inputs import PairTask
 
 
 @dataclass(frozen=True)
@@ -15,8 +16,8 @@ class Grounded:
 
     Attributes:
         box: x1, y1, x2, y2 in the units of the regions' boxes.
-        region: its number among the regions; None is the whole picture (ViLBERT's global region).
-        probability: that the box is right, by itself.
+        region: its number among the regions; None is the whole picture (global region of ViLBERT and VL-BERT).
+        probability: that the box is right, by itself (ViLBERT, VL-BERT) or among the regions (UNITER, VisualBERT).
         probabilities: [R] of all regions, without the whole picture.
     """
 
@@ -27,18 +28,19 @@ class Grounded:
 
 
 class Grounding(PairTask):
-    """Finds what a phrase refers to. A ViLBERT with a "vision" head.
+    """Finds what a phrase refers to.
 
     Args:
-        whole_picture: the global region may be the answer, as in the public code.
-        tokenizer, task_id, batch_size, max_tokens, max_regions: see `PairTask`.
+        model: a ViLBERT, VisualBERT, UNITER or VL-BERT with a head that scores regions; see `with_head`.
+        whole_picture: the global region may be the answer, as in ViLBERT's public code.
+        options: see `PairTask`.
     """
 
     task = "grounding"
 
     def __init__(self, model, *, whole_picture: bool = True, **options):
         super().__init__(model, **options)
-        self.head, self.whole_picture = self.require_head("vision"), whole_picture
+        self.whole_picture, self._first = whole_picture, int(self.takes.global_region)
 
     def __call__(self, phrase: str | Sequence[str], regions) -> Grounded | list[Grounded]:
         """The best box; a list where `phrase` or `regions` is a list.
@@ -48,14 +50,40 @@ class Grounding(PairTask):
         """
         texts, pictures, one = self.examples(phrase, regions)
         found: list[Grounded] = []
-        for arguments, output in self.run(texts, pictures, head=self.head):
-            probability = output.logits[self.head].squeeze(-1).float().sigmoid().cpu()  # [B, 1 + R]
-            for row, count in zip(probability, arguments["num_regions"].tolist(), strict=True):
+        alone = self.task_head.loss in ("regions_bce", "regions_mean_bce")
+        for arguments, output in self.run(texts, pictures):
+            logits = output.logits[self.head].float().cpu().flatten(1)  # [B, R], the global region first
+            for row, count in zip(logits, arguments["num_regions"].tolist(), strict=True):
+                row = row[:count].sigmoid() if alone else row[:count].softmax(0)
                 picture = pictures[len(found) if len(pictures) > 1 else 0]
-                best = int(row[:count].argmax()) if self.whole_picture or count == 1 else int(row[1:count].argmax()) + 1
-                box = picture.boxes[best - 1].tolist() if best else (0.0, 0.0, picture.width, picture.height)
-                found.append(Grounded(tuple(box), best - 1 if best else None, row[best].item(), row[1:count].clone()))
+                start = 0 if self.whole_picture or count == 1 else self._first
+                best = int(row[start:].argmax()) + start - self._first
+                box = picture.boxes[best].tolist() if best >= 0 else (0.0, 0.0, picture.width, picture.height)
+                found.append(Grounded(tuple(box), best if best >= 0 else None, row[best + self._first].item(),
+                                      row[self._first :].clone()))
         return found[0] if one else found
+
+    def batch(self, phrase: Sequence[str], regions, boxes: Tensor) -> TaskBatch:
+        """Phrases, pictures and true boxes [B, 4] in the units of the regions' boxes, to train on.
+
+        Raises:
+            TypeError, ValueError: naming the argument that does not fit.
+        """
+        texts, pictures, _ = self.examples(phrase, regions)
+        many = max(len(texts), len(pictures))
+        boxes = torch.as_tensor(boxes, dtype=torch.float32)
+        if boxes.shape != (many, 4):
+            raise ValueError(f"Grounding: boxes has shape {list(boxes.shape)}, must be {[many, 4]}")
+        inputs = self.inputs(texts, pictures)
+        target = torch.zeros(inputs["image_feat"].shape[:2])
+        for i, (row, box) in enumerate(zip(target, boxes, strict=True)):
+            picture = pictures[i if len(pictures) > 1 else 0]
+            seen = picture.boxes
+            if self._first:
+                seen = torch.cat([seen.new_tensor([[0, 0, picture.width, picture.height]]), seen])
+            count = int(inputs["num_regions"][i])
+            row[:count] = box_iou(seen[:count], box[None])[:, 0]
+        return TaskBatch(inputs, target.to(self.device))
 
 
 def box_iou(boxes: Tensor, others: Tensor) -> Tensor:

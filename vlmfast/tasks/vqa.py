@@ -4,12 +4,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from ..models.lxmert import LXMERT
-from ..models.vilbert import ViLBERT
 from .answers import read_answers
-from .two_stream import PairAttention, PairTask
+from .fine_tuning import TaskBatch
+from .pair_inputs import PairAttention, PairTask
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class VQA(PairTask):
     """Visual question answering.
 
     Args:
-        model: a ViLBERT with a "vqa" head or an LXMERT with an answer head.
+        model: any of the BERT-like models with an answer head; see `with_head`.
         answers: texts of the head's labels in their order, or a file of them (see `read_answers`).
-        probabilities: "sigmoid", each answer for itself, as heads are trained for VQA; "softmax", over all answers, as
-            LXMERT's pretraining head is. None takes the one that belongs to the model's head.
-        tokenizer, task_id, batch_size, max_tokens, max_regions: see `PairTask`.
+        probabilities: "sigmoid", each answer for itself, as most heads are trained for VQA; "softmax", over all
+            answers, as VisualBERT's and LXMERT's pretraining head are. None takes the one that belongs to the head.
+        options: see `PairTask`.
 
     Raises:
         ValueError: also where there are not as many answers as the head has labels.
@@ -47,10 +47,10 @@ class VQA(PairTask):
 
     task = "vqa"
 
-    def __init__(self, model: ViLBERT | LXMERT, answers: Sequence[str] | str | os.PathLike, *,
+    def __init__(self, model: nn.Module, answers: Sequence[str] | str | os.PathLike, *,
                  probabilities: str | None = None, **options):
         super().__init__(model, **options)
-        self.head, labels = self._head()
+        labels = getattr(self.config, self.task_head.labels)
         if isinstance(answers, str | os.PathLike):
             answers = read_answers(answers)
         self.answers = tuple(answers)
@@ -59,16 +59,7 @@ class VQA(PairTask):
                              f"has {labels} labels")
         if probabilities not in (None, "sigmoid", "softmax"):
             raise ValueError(f"{self.name}: probabilities is {probabilities!r}, must be 'sigmoid' or 'softmax'")
-        pretraining = not self.vilbert and model.config.heads == "pretraining"
-        self.probabilities = probabilities or ("softmax" if pretraining else "sigmoid")
-
-    def _head(self) -> tuple[str, int]:
-        head, config = self.require_head("vqa"), self.model.config
-        if self.vilbert:
-            return head, config.vqa_labels
-        if config.images_per_answer != 1:
-            raise ValueError(f"{self.name}: model.config.images_per_answer is {config.images_per_answer}, must be 1")
-        return head, config.num_qa_labels
+        self.probabilities = probabilities or ("sigmoid" if self.task_head.loss == "answer_bce" else "softmax")
 
     def __call__(self, question: str | Sequence[str], regions, *, top: int = 5,
                  attention: bool = False) -> Answer | list[Answer]:
@@ -76,8 +67,8 @@ class VQA(PairTask):
 
         Args:
             question: one question or several.
-            regions: of one picture (see `as_regions`) or a list with one entry a question; one picture serves several
-                questions, and one question several pictures.
+            regions: of one picture (see `as_regions`; for Pixel-BERT the picture, see `as_picture`) or a list with one
+                entry a question; one picture serves several questions, and one question several pictures.
             top: answers to give, best first.
             attention: with maps of words over regions and back.
 
@@ -91,7 +82,7 @@ class VQA(PairTask):
             raise ValueError(f"{self.name}: top is {top}, must be at least 1")
         texts, pictures, one = self.examples(question, regions)
         found: list[Answer] = []
-        for arguments, output in self.run(texts, pictures, head=self.head, attention=attention):
+        for arguments, output in self.run(texts, pictures, attention=attention):
             best, index = self._probability(output.logits[self.head]).topk(min(top, len(self.answers)))
             for row, (values, labels) in enumerate(zip(best.tolist(), index.tolist(), strict=True)):
                 picture = pictures[len(found) if len(pictures) > 1 else 0]
@@ -103,7 +94,29 @@ class VQA(PairTask):
     def scores(self, question: str | Sequence[str], regions) -> Tensor:
         """Probabilities of all answers, [B, labels] float32 on the CPU."""
         texts, pictures, _ = self.examples(question, regions)
-        return self._probability(self.logits(texts, pictures, head=self.head))
+        return self._probability(self.logits(texts, pictures))
+
+    def batch(self, question: Sequence[str], regions, answers: Tensor | Sequence[str]) -> TaskBatch:
+        """Questions with what they should be answered, to train on.
+
+        Args:
+            question, regions: as in a call, lists.
+            answers: [B, labels] scores in 0..1 (see `data.annotations.soft_score`), [B] labels, or B answers.
+
+        Raises:
+            TypeError, ValueError: naming the argument that does not fit; an answer that is not in the list.
+        """
+        texts, pictures, _ = self.examples(question, regions)
+        if not isinstance(answers, Tensor):
+            places = {answer: i for i, answer in enumerate(self.answers)}
+            if unknown := [answer for answer in answers if answer not in places]:
+                raise ValueError(f"{self.name}: answer {unknown[0]!r} is not among the {len(places)} answers")
+            answers = torch.tensor([places[answer] for answer in answers])
+        inputs = self.inputs(texts, pictures)
+        if len(answers) != max(len(texts), len(pictures)) or answers.shape[1:] not in ((), (len(self.answers),)):
+            raise ValueError(f"{self.name}: answers has shape {list(answers.shape)}, must be "
+                             f"[{max(len(texts), len(pictures))}] or [..., {len(self.answers)}]")
+        return TaskBatch(inputs, answers.to(self.device))
 
     def _probability(self, logits: Tensor) -> Tensor:
         logits = logits.float()
@@ -111,9 +124,6 @@ class VQA(PairTask):
 
 
 class GQA(VQA):
-    """Compositional questions: as VQA, with ViLBERT's "gqa" head; LXMERT has one answer head."""
+    """Compositional questions: as VQA, with ViLBERT's "gqa" head; the other models have one answer head."""
 
     task = "gqa"
-
-    def _head(self) -> tuple[str, int]:
-        return (self.require_head("gqa"), self.model.config.gqa_labels) if self.vilbert else super()._head()
