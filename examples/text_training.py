@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vlmfast.data import ImagePreprocess, WordPieceTokenizer, load_emoji, load_image
 from vlmfast.data.annotations import read_multi30k
 from vlmfast.models import ImageSeq2Seq, create
+from vlmfast.models.image_seq2seq import Memory
 from vlmfast.objectives.language import seq2seq_loss
 from vlmfast.training import TrainConfig
 from vlmfast.training.log import CURVE_NAME, JSONLog, draw_curve
@@ -156,13 +157,36 @@ def make_model(tokenizer: WordPieceTokenizer, **overrides) -> ImageSeq2Seq:
     return model
 
 
+class WordBag(nn.Module):
+    """Predicts which words the text has, from the mean of what the encoder made of the input: a second loss that
+    reaches the picture without the detour through the decoder. Training only.
+    """
+
+    def __init__(self, model: ImageSeq2Seq):
+        super().__init__()
+        self.scores = nn.Linear(model.config.hidden_size, model.config.vocab_size)
+
+    def forward(self, memory: Memory, labels: Tensor) -> Tensor:
+        """Cross entropy with the distribution that is even over a text's tokens, `labels` [B, S]."""
+        keep = memory.keep[..., None]
+        pooled = memory.states.masked_fill(~keep, 0).sum(1) / keep.sum(1)
+        each = -self.scores(pooled).log_softmax(-1).gather(1, labels.clamp(min=0))
+        return each.masked_fill(labels < 0, 0).sum() / (labels >= 0).sum()
+
+
 def train(model: ImageSeq2Seq, batches: Batches, config: TrainConfig, out: Path | None = None,
-          progress: bool = True) -> list[dict]:
-    """Trains in place and leaves the averaged weights, in evaluation mode; returns the log."""
+          progress: bool = True, bag_weight: float = 0.0) -> list[dict]:
+    """Trains in place and leaves the averaged weights, in evaluation mode; returns the log.
+
+    Args:
+        bag_weight: of the loss of `WordBag`.
+    """
     from tqdm.auto import tqdm
 
     torch.manual_seed(config.seed)
-    optimizer, average = make_optimizer(model, config), WeightAverage(model, config.ema)
+    bag = WordBag(model)
+    optimizer = make_optimizer(nn.ModuleList([model, bag]) if bag_weight else model, config)
+    average = WeightAverage(model, config.ema)
     log = JSONLog(out)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (model.config.image_mean, model.config.image_std))
     model.train()
@@ -174,7 +198,10 @@ def train(model: ImageSeq2Seq, batches: Batches, config: TrainConfig, out: Path 
                 given["image"] = (picture - mean) / std
             for group in optimizer.param_groups:
                 group["lr"] = lr = learning_rate(step, config.steps, config)
-            loss = seq2seq_loss(model(**given).logits["lm"], labels, label_smoothing=config.label_smoothing)
+            output = model(**given)
+            loss = words = seq2seq_loss(output.logits["lm"], labels, label_smoothing=config.label_smoothing)
+            if bag_weight:
+                loss = words + bag_weight * bag(output.memory, labels)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -182,9 +209,9 @@ def train(model: ImageSeq2Seq, batches: Batches, config: TrainConfig, out: Path 
             average.update(model)
             if not math.isfinite(loss.item()):
                 raise ValueError(f"training stopped at step {step + 1}: the loss is {loss.item()}")
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            bar.set_postfix(loss=f"{words.item():.3f}", refresh=False)
             if step % config.log_every == 0 or step + 1 == config.steps:
-                log.write(step=step + 1, loss=loss.item(), lr=lr)
+                log.write(step=step + 1, loss=words.item(), lr=lr)
     model.load_state_dict(average.values)
     if out is not None:
         draw_curve(log.records, out / CURVE_NAME)

@@ -167,6 +167,18 @@ def test_attention_maps_are_those_of_the_model(kind):
         assert maps.draw(image.convert("RGB")).width > 100
 
 
+def test_pixelbert_keeps_how_its_pictures_are_prepared(tmp_path):
+    model = build("PixelBERT")
+    model.preprocess = options("PixelBERT", model)["preprocess"]
+    model = with_head(model, "vqa", 17)
+    vlmfast.save_pretrained(model, tmp_path)
+    loaded = vlmfast.load(tmp_path)
+    assert loaded.preprocess == model.preprocess and VQA(loaded, ANSWERS).preprocess.image_size == 128
+    close(VQA(loaded, ANSWERS).scores(TEXTS[0], pictures("PixelBERT")[0]),
+          VQA(model, ANSWERS).scores(TEXTS[0], pictures("PixelBERT")[0]))
+    assert VQA(with_head(build("PixelBERT"), "vqa", 17), ANSWERS).preprocess.image_size == 768
+
+
 def test_load_with_a_task_keeps_or_adds_the_head(tmp_path):
     vlmfast.save_pretrained(build("VisualBERT"), tmp_path / "plain")
     with pytest.warns(UserWarning, match="no head for 'vqa'; its 'vqa' head of 17 labels is new and must be trained"):

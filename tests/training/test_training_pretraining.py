@@ -27,9 +27,9 @@ def pairs(tmp_path_factory):
 def train(pairs, out=None, *, names=OBJECTIVES, config=CONFIG, resume=False, stop_after=None, model=None, validate=None,
           name="toy", **options):
     model = tiny_uniter() if model is None else model
-    trainer = ObjectiveTrainer(model, toy_loader(pairs, names=names), config, objective(names, **options), name=name,
-                               out=out, resume=resume, device="cpu", progress=False, validate=validate,
-                               save_model=lambda model, folder: None)
+    loss = options.pop("loss", None) or objective(names, **options)
+    trainer = ObjectiveTrainer(model, toy_loader(pairs, names=names), config, loss, name=name, out=out, resume=resume,
+                               device="cpu", progress=False, validate=validate, save_model=lambda model, folder: None)
     return model, trainer.run(stop_after)
 
 
@@ -111,7 +111,7 @@ def test_validation_is_the_same_each_time_and_disturbs_nothing(pairs):
     with pytest.raises(ValueError, match="there is one pair"):
         ValidationLosses(pairs.select([0]), encoder, objective(), 16)
     plain, _ = train(pairs)
-    checked, result = train(pairs, validate=validate)
+    checked, result = train(pairs, validate=validate, loss=validate.objective)
     assert result.validation["mlm"] > 0
     assert_equal_bits(weights(checked), weights(plain))
 

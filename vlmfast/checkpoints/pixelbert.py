@@ -5,6 +5,7 @@ Of the detector around the backbone only the backbone is used. Its X-152 with de
 supported. The files do not state the head count; it is 64 channels a head.
 """
 
+import json
 import re
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..layers.plain_resnet import RESNETS
 from ..models.pixelbert import HEADS, PixelBERT, PixelBERTConfig
 from .bert_like import bert_sizes, find_prefix, plain_state, read_state, stored_fields, write_config
 from .files import read_json
-from .huggingface import CONFIG_NAME
+from .huggingface import CONFIG_NAME, PREPROCESSOR_NAME
 from .state import build_filled, check_shapes, check_tied, count_layers, report_keys, require_heads, shape_reader
 
 MODEL_TYPE, WEIGHT_NAME = "pixelbert", "pytorch_model.bin"
@@ -47,17 +48,27 @@ def load(path: Path, *, config=None, strict: bool, device, dtype) -> PixelBERT:
     require_heads(values, path)
     settings = PixelBERTConfig.from_dict(values)
     backbone = len(settings.stages) if settings.backbone != "none" else 0
-    return build_filled(partial(PixelBERT, settings), settings.num_hidden_layers + backbone, state, lambda key: key,
-                        DROPPED.fullmatch, path, strict=strict, device=device, dtype=dtype)
+    model = build_filled(partial(PixelBERT, settings), settings.num_hidden_layers + backbone, state, lambda key: key,
+                         DROPPED.fullmatch, path, strict=strict, device=device, dtype=dtype)
+    file = (path if path.is_dir() else path.parent) / PREPROCESSOR_NAME
+    if file.is_file():
+        from ..data.images import ImagePreprocess
+
+        model.preprocess = ImagePreprocess.from_config(read_json(file))
+    return model
 
 
 def save(model: PixelBERT, folder: Path) -> None:
-    """pytorch_model.bin under the third-party code's names, and config.json."""
+    """pytorch_model.bin under the third-party code's names, config.json, and preprocessor_config.json (in open_clip's
+    terms) where the model has a `preprocess`."""
     state = {detectron_name(key): value for key, value in plain_state(model).items()}
     if "pretraining" in model.config.heads:
         state |= {f"{WORDS}decoder.weight": state[TABLE], f"{WORDS}decoder.bias": state[f"{WORDS}bias"]}
     torch.save(state, folder / WEIGHT_NAME)
     write_config(folder, model_type=MODEL_TYPE, **model.config.to_dict())
+    if model.preprocess is not None:
+        text = json.dumps(model.preprocess.for_evaluation().to_config("open_clip"), indent=2)
+        (folder / PREPROCESSOR_NAME).write_text(text + "\n", encoding="utf-8")
 
 
 def load_backbone(model: PixelBERT, path: str | Path) -> None:

@@ -76,7 +76,7 @@ class DecoderLayer(nn.Module):
         """
         known = self.attention.read(x)
         if past is not None:
-            known = tuple(torch.cat(parts, dim=1) for parts in zip(known, past, strict=True))
+            known = tuple(torch.cat(parts, dim=1) for parts in zip(past, known, strict=True))
         x = self.attention(x, known, causal=True)
         x = self.cross_attention(x, memory, keep)
         return self.output(self.intermediate(x), x), known

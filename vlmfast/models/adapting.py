@@ -32,4 +32,6 @@ def adapted(model: nn.Module, *, new_types: tuple[int, ...] = (), new_words: int
                 raise ValueError(f"adapted: {key} is {list(value.shape)}, the new model's {list(new[key].shape)}")
             new[key][: len(value)] = value
     copy.tokenizer = model.tokenizer
+    if hasattr(model, "preprocess"):
+        copy.preprocess = model.preprocess
     return copy.train(model.training)

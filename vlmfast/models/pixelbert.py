@@ -167,10 +167,14 @@ class PixelBERT(SingleStreamModel):
     Args:
         config: sizes and options.
         device: where parameters are created; "meta" allocates nothing.
+
+    Attributes:
+        preprocess: how pictures are prepared, an `ImagePreprocess`; None until a caller sets one.
     """
 
     def __init__(self, config: PixelBERTConfig, device: torch.device | str | None = None):
         super().__init__(config)
+        self.preprocess = None
         with nullcontext() if device is None else torch.device(device):
             self.cnn = GridEncoder(config)
             self.transformer = Transformer(config)
