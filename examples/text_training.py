@@ -94,7 +94,7 @@ class Batches:
     """
 
     def __init__(self, examples: Sequence[Example], extra: Sequence[Example], tokenizer: WordPieceTokenizer,
-                 config: TrainConfig, batch_size: int = 48, extra_share: float = 0.75, word_drop: float = 0.0):
+                 config: TrainConfig, batch_size: int = 48, extra_share: float = 0.5, word_drop: float = 0.0):
         self.sets = [_Shuffled(part, config.seed + k) for k, part in enumerate((examples, extra))]
         self.tokenizer, self.steps, self.size = tokenizer, config.steps, batch_size
         self.extra_share, self.word_drop = extra_share if extra else 0.0, word_drop
@@ -175,7 +175,7 @@ class WordBag(nn.Module):
 
 
 def train(model: ImageSeq2Seq, batches: Batches, config: TrainConfig, out: Path | None = None,
-          progress: bool = True, bag_weight: float = 0.0) -> list[dict]:
+          progress: bool = True, bag_weight: float = 1.0) -> list[dict]:
     """Trains in place and leaves the averaged weights, in evaluation mode; returns the log.
 
     Args:

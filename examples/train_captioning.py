@@ -39,7 +39,7 @@ from vlmfast.data import contact_sheet
 from vlmfast.tasks import Captioner, CiderD, Generation, bleu, paired_bootstrap
 from vlmfast.training import TrainConfig
 
-GENERATION = Generation(beams=4, max_tokens=24)
+GENERATION = Generation(beams=4, length_penalty=0.5, max_tokens=24)
 
 
 def nearest_captions(test: Sequence[Example], training: Sequence[Example]) -> list[str]:
@@ -74,7 +74,7 @@ def run(data: Path, out: Path, config: TrainConfig, *, emoji: bool = True, vocab
     extra = emoji_examples(image_size, "en") if emoji else []
     tokenizer = make_tokenizer([*training, *extra], vocab_size)
     used, extra = (short_enough(part, tokenizer, 24) for part in (training, extra))
-    model = make_model(tokenizer, image_size=image_size, **sizes)
+    model = make_model(tokenizer, image_size=image_size, **{"hidden_dropout_prob": 0.1, **sizes})
     train(model, Batches(used, extra, tokenizer, config), config, out, progress)
     save_pretrained(model, out)
     texts = Captioner(model, generation)([_image(example) for example in test])
@@ -154,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--data", type=Path, required=True, help="the zip of stamps")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=1300)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-emoji", action="store_true", help="train on the stamps alone")

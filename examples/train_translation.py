@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="the zip of stamps")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--variants", nargs="+", default=["concat", "text"], choices=tuple(VARIANTS))
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-emoji", action="store_true", help="train on the stamps alone")

@@ -12,10 +12,11 @@ import torch
 pytest.importorskip("sacrebleu")
 
 from examples.test_real_run_data import picture, write_pack
+from PIL import Image
 
 import vlmfast
 from vlmfast.cli import main as vlmfast_main
-from vlmfast.tasks import Captioner, Generation
+from vlmfast.tasks import Captioner
 from vlmfast.training import TrainConfig
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -61,11 +62,8 @@ def test_captioning_run_writes_model_tables_and_sheet(example, pack, tmp_path):
     assert difference == pytest.approx(mean - result["scores"]["best constant"]["cider_d"])
     assert set(result["model_minus"]["best constant"]) == {"pictures", "categories"}
     # the folder is a checkpoint that writes the same
-    module = importlib.import_module("text_training")
-    test = module.read_examples(tmp_path / "data", "test", 32, "en")
-    from PIL import Image
-
-    again = Captioner(vlmfast.load(tmp_path), Generation(beams=4, max_tokens=24))
+    test = example("text_training").read_examples(tmp_path / "data", "test", 32, "en")
+    again = Captioner(vlmfast.load(tmp_path), module.GENERATION)
     assert again([Image.fromarray(one.pixels) for one in test]) == [row["caption"] for row in rows]
     assert vlmfast_main(["caption", str(tmp_path), str(tmp_path / "data" / "images" / "0.png")]) == 0
 
