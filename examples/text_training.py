@@ -36,6 +36,10 @@ class Example:
     name: str = ""
     category: str = ""
 
+    @property
+    def image(self) -> Image.Image:
+        return Image.fromarray(self.pixels)
+
 
 def square_pixels(image: Image.Image | str | Path, size: int) -> np.ndarray:
     image = load_image(image) if isinstance(image, str | Path) else image

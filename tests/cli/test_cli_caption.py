@@ -94,8 +94,8 @@ def test_the_vocabulary_can_lie_elsewhere(home, tmp_path, capsys):
     (["run", "nowhere.png"], "nowhere.png does not exist"),
     (["run", "broken.png"], "broken.png is not a picture"),
     (["run"], "there is no picture; give PHOTO"), (["uniter"], "there is no picture; give --regions"),
-    (["uniter", "red.png"], "is a UNITER that reads region features; give --regions"),
-    (["run", "--regions", "three.tsv"], "is a ImageSeq2Seq that reads pictures; give PHOTO"),
+    (["uniter", "red.png"], "holds UNITER, which reads region features; give --regions"),
+    (["run", "--regions", "three.tsv"], "holds ImageSeq2Seq, which reads pictures; give PHOTO"),
     (["run", "red.png", "--regions", "three.tsv"], "give either pictures or region features"),
     (["uniter", "--regions", "three.tsv", "--image-id", "img7"], "--image-id is img7, the region file holds img0"),
     (["run", "red.png", "--image-id", "img0"], "--image-id names a picture in --regions"),
@@ -104,7 +104,7 @@ def test_the_vocabulary_can_lie_elsewhere(home, tmp_path, capsys):
     (["run", "red.png", "--top-p", "1.5"], "top_p is 1.5, must be above 0 and at most 1"),
     (["gated", "red.png"], "fusion is 'gated'"), (["text", "red.png", "--translate", "A"], "reads texts alone"),
     (["itm", "--regions", "three.tsv"], "has no 'mlm' head"),
-    (["uniter", "--translate", "A"], "is a UNITER, must be ImageSeq2Seq"),
+    (["uniter", "--translate", "A"], "holds UNITER, must be ImageSeq2Seq"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(home, capsys, monkeypatch, command, text):
     monkeypatch.chdir(home)

@@ -119,6 +119,17 @@ def test_the_share_of_emoji_falls(example):
 
 
 @pytest.mark.slow
+def test_the_real_translation_run_beats_copying(example, shared_dir, tmp_path):
+    data = shared_dir / "data" / "tuxpaint.zip"
+    if not data.is_file():
+        pytest.skip(f"no {data}")
+    command = ["--data", str(data), "--out", str(tmp_path), "--variants", "concat", "--no-progress"]
+    assert example("train_translation").main(command) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["bleu_differences"]["concat minus copy source"]["standard_errors"] > 2
+
+
+@pytest.mark.slow
 def test_the_real_run_beats_its_baseline(example, shared_dir, tmp_path):
     data = shared_dir / "data" / "tuxpaint.zip"
     if not data.is_file():

@@ -115,7 +115,7 @@ def test_concat_reads_a_picture_alone_and_the_gate_is_its_formula():
     gated = tiny(fusion="gated")
     text = {name: given[name] for name in ("input_ids", "text_lengths")}
     plain, mixed = gated.encode(**text).states, gated.encode(image=given["image"], **text).states
-    visual = gated.visual(given["image"], None, gated.embeddings.token_type_embeddings.weight[1]).mean(1)
+    visual = gated.visual(gated.embeddings.token_type_embeddings.weight[1], given["image"]).mean(1)
     for b, t in ((0, 6), (3, 2)):
         joined = torch.cat([plain[b, t], visual[b]])
         share = torch.sigmoid(gated.gate.gate.weight @ joined + gated.gate.gate.bias)
@@ -172,20 +172,45 @@ def test_damaged_checkpoints_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("change, text", [
-    (dict(image=None, input_ids=None, text_lengths=None), "input_ids: is None like the picture"),
+    (dict(image=None, input_ids=None, text_lengths=None), "input_ids: is None like image_feat"),
     (dict(image=torch.zeros(4, 3, 8, 8)), r"image: has shape \[4, 3, 8, 8\], must be \[B, 3, 16, 16\]"),
-    (dict(image=torch.zeros(3, 3, 16, 16)), "input_ids: has 4 rows, the picture 3"),
+    (dict(image=torch.zeros(3, 3, 16, 16)), "input_ids: has 4 rows, image_feat 3"),
     (dict(image_feat=torch.zeros(4, 5, 20)), "image_feat: given together with image"),
-    (dict(decoder_input_ids=torch.zeros(4, 13, dtype=torch.long)), "tokens: has 13 columns, must have 1 to 12"),
-    (dict(decoder_input_ids=torch.zeros(2, 3, dtype=torch.long)), "decoder_input_ids: has 2 rows, the input 4"),
-    (dict(input_ids=torch.zeros(4, 13, dtype=torch.long)), "input_ids: has 13 tokens, must have at most 12"),
+    (dict(decoder_input_ids=torch.ones(4, 13).long()), r"decoder_input_ids: has shape \[4, 13\], must be \[4, 1 "),
+    (dict(decoder_input_ids=torch.ones(2, 3).long()), r"decoder_input_ids: has shape \[2, 3\], must be \[4, "),
+    (dict(input_ids=torch.ones(4, 13).long()), "input_ids: has 13 tokens, must have at most 12"),
     (dict(input_ids=None), "input_ids: is None, must be given with attention_mask or text_lengths"),
+    (dict(image=None, image_loc=torch.zeros(4, 5, 4)), "image_feat: is None, must be given with image_loc"),
+    (dict(num_regions=torch.tensor([17, 1, 1, 1])), "num_regions"),
     (dict(heads=("mlm",)), "heads: has 'mlm', this model has lm"),
 ], ids=str)  # fmt: skip
 def test_wrong_input_is_named(change, text):
     model = tiny()
     with pytest.raises(ValueError, match=text):
         model(**{**inputs(model), **change})
+
+
+def test_wrong_target_types_and_steps_are_named():
+    model = tiny()
+    given = inputs(model)
+    tokens = given["decoder_input_ids"]
+    with pytest.raises(TypeError, match="decoder_input_ids: is torch.float32, must be integers"):
+        model(**{**given, "decoder_input_ids": tokens.float()})
+    _, state = model.step(tokens[:, :3], model.start(model.encode(**encoder_side(given))))
+    with pytest.raises(ValueError, match="tokens: has 3 columns, must have 4 to 12"):
+        model.step(tokens[:, :3], state)
+
+
+def test_one_text_serves_all_pictures():
+    for kind in (dict(), dict(fusion="gated"), dict(visual="regions")):
+        model = tiny(**kind)
+        given = inputs(model)
+        given |= dict(input_ids=given["input_ids"][:1], text_lengths=given["text_lengths"][:1])
+        if kind.get("visual") == "regions":
+            del given["text_lengths"]
+        repeated = {name: value.expand(4, *value.shape[1:]) if name in ("input_ids", "text_lengths") else value
+                    for name, value in given.items()}
+        torch.testing.assert_close(logits(model, given), logits(model, repeated), rtol=0, atol=1e-5)
 
 
 def test_wrong_settings_are_named():

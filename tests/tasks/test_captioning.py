@@ -3,11 +3,20 @@
 import pytest
 import torch
 from PIL import Image
-from tasks.writer_helpers import PICTURES, REGIONS, TEXTS, TOKENIZER, seq2seq, square, uniter, vdbert
+from tasks.writer_helpers import (
+    PICTURES,
+    REGIONS,
+    TEXTS,
+    TOKENIZER,
+    caption_batch,
+    seq2seq,
+    seq2seq_objective,
+    square,
+    uniter,
+    vdbert,
+)
 
 from vlmfast.data import uniter_boxes, vd_bert_boxes
-from vlmfast.objectives import Pretraining
-from vlmfast.objectives.batch import PretrainingBatch
 from vlmfast.objectives.language import seq2seq_loss
 from vlmfast.tasks import Captioner, Generation, join_words
 
@@ -57,7 +66,7 @@ def uniter_score(model, picture):
 
     def score(written):
         ids = torch.tensor([[TOKENIZER.cls, *written, TOKENIZER.mask]])
-        return model(ids, picture.features[None], loc, prefix_lengths=torch.tensor([0])).logits["mlm"][0, -1]
+        return model(ids, picture.features[None], loc, prefix_lengths=torch.tensor([1])).logits["mlm"][0, -1]
 
     return score
 
@@ -113,23 +122,10 @@ def test_a_trained_decoder_writes_the_captions():
     assert captioner.hypotheses([clear])[0] == captioner.hypotheses([square("white")])[0]
 
 
-def test_a_masked_language_model_trained_on_captions_writes_them():
-    """VD-BERT's sequence through `Pretraining(["seq2seq"])`, then `Captioner`."""
-    model = vdbert(0.0, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.1)
-    tokens = [[TOKENIZER.cls, *[TOKENIZER.unk] * 5, TOKENIZER.sep, *TOKENIZER.encode(text), TOKENIZER.sep]
-              for text in TEXTS[:2]]
-    lengths = torch.tensor([len(row) for row in tokens])
-    ids = torch.zeros(2, int(lengths.max()), dtype=torch.long)
-    for row, own in zip(ids, tokens, strict=True):
-        row[: len(own)] = torch.tensor(own)
-    feat = torch.stack([torch.nn.functional.pad(r.features, (0, 0, 0, 5 - len(r.features))) for r in REGIONS[:2]])
-    loc = torch.stack([torch.nn.functional.pad(vd_bert_boxes(r.boxes, r.classes, r.confidences),
-                                               (0, 0, 0, 5 - len(r.features))) for r in REGIONS[:2]])  # fmt: skip
-    batch = PretrainingBatch(ids, feat, loc, text_lengths=lengths, num_regions=torch.tensor([5, 3]),
-                             prefix_lengths=torch.tensor([7, 7]))
-    generator = torch.Generator().manual_seed(0)
-    objective = Pretraining(["seq2seq"], mask_id=TOKENIZER.mask, random_ids=(5, TOKENIZER.vocab_size),
-                            generator=generator)
+@pytest.mark.parametrize("build", [vdbert, uniter])
+def test_a_masked_language_model_trained_on_captions_writes_them(build):
+    model = build(0.0, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.1)
+    batch, objective = caption_batch(model, REGIONS[:2], TEXTS[:2]), seq2seq_objective()
     train(lambda: objective(model, batch).total, model, 300)
     assert Captioner(model)(REGIONS[:2]) == TEXTS[:2]
 

@@ -51,7 +51,7 @@ def run(args) -> None:
     kind = Captioner if args.translate is None else Translator
     if not isinstance(model, kind.models):
         must = " or ".join(one.__name__ for one in kind.models)
-        raise ValueError(f"{args.model} is a {type(model).__name__}, must be {must}")
+        raise ValueError(f"{args.model} holds {type(model).__name__}, must be {must}")
     if tokenizer is None and model.tokenizer is None:
         raise ValueError(f"{args.model} has no vocabulary beside it; give --tokenizer")
     task = kind(model, generation, tokenizer=tokenizer)
@@ -114,4 +114,4 @@ def _check_kind(args, model, pictures: list) -> None:
     wrong = args.regions is not None if visual == "grid" else bool(args.images)
     if pictures and (wrong or visual == "none"):
         reads = {"grid": "pictures; give PHOTO", "regions": "region features; give --regions", "none": "texts alone"}
-        raise ValueError(f"{args.model} is a {type(model).__name__} that reads {reads[visual]}")
+        raise ValueError(f"{args.model} holds {type(model).__name__}, which reads {reads[visual]}")

@@ -2,8 +2,8 @@
 
 The encoder reads the source tokens, the visual tokens, or both; the decoder attends to what the encoder made of them.
 Visual tokens are the grid of a convolutional stem or given region features. Layers are those of Attention Is All You
-Need (Vaswani et al. 2017, arXiv:1706.03762); the gate on the picture follows Multimodal Transformer for Multimodal
-Machine Translation's line of work (Wu et al. 2021, Good for Misconceived Reasons, arXiv:2105.14462, eq. 3-4).
+Need (Vaswani et al. 2017, arXiv:1706.03762); the gate on the picture is the gated fusion of Good for Misconceived
+Reasons (Wu et al. 2021, arXiv:2105.14462) with the mean of the visual tokens.
 
 Sizes: B batch, T source tokens, R visual tokens, S target tokens, P pixels, C width, V vocabulary, H heads.
 """
@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from ..layers.bert import ACTIVATIONS, EPS, TextEmbeddings, init_bert
 from ..layers.decoder import ConvStem, DecoderLayer
-from ..layers.single_stream import BertEncoder, Segment, SingleStream, set_eps
-from ..layers.streams import check_ids, check_regions
+from ..layers.single_stream import BertEncoder, SingleStream, set_eps
 from ..layers.transformer import LayerNorm
 from .config import ModelConfig
 
@@ -125,7 +124,7 @@ class VisualTokens(nn.Module):
         self.LayerNorm = LayerNorm(width, eps=EPS)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, feat: Tensor, loc: Tensor | None, segment: Tensor) -> Tensor:
+    def forward(self, segment: Tensor, feat: Tensor, loc: Tensor | None = None) -> Tensor:
         if self.position_embeddings is not None:
             x = self.projection(self.stem(feat)) + self.position_embeddings.weight
         else:
@@ -220,16 +219,13 @@ class ImageSeq2Seq(nn.Module):
             heads: ("lm",) or None for the scores, () for the states alone.
 
         Raises:
-            TypeError, ValueError: shapes or types do not fit, `heads` names something else.
+            TypeError, ValueError: naming the argument that does not fit.
         """
         if unknown := set(heads or ()) - {"lm"}:
             raise ValueError(f"heads: has {', '.join(map(repr, sorted(unknown)))}, this model has lm")
         memory = self.encode(input_ids, image, image_feat, image_loc, attention_mask, image_mask,
                              text_lengths=text_lengths, num_regions=num_regions)
-        check_ids(decoder_input_ids)
-        if len(decoder_input_ids) != len(memory.states):
-            raise ValueError(f"decoder_input_ids: has {len(decoder_input_ids)} rows, the input {len(memory.states)}; "
-                             "must be as many")
+        self._check_target(decoder_input_ids, len(memory.states))
         logits = {}
         if heads != ():
             logits["lm"] = self._scores(self._decode(decoder_input_ids, self.start(memory))[0])
@@ -251,7 +247,8 @@ class ImageSeq2Seq(nn.Module):
         """What the decoder attends to.
 
         Args:
-            input_ids: [B, T] source tokens, or None: the picture alone (captions; fusion "concat").
+            input_ids: [B, T] source tokens, or [1, T], one text for all pictures, or None: the picture alone (captions;
+                fusion "concat").
             image: [B, 3, P, P] normalised pixels, with visual "grid".
             image_feat, image_loc: [B, R, region_dim] and [B, R, region_loc_dim] (None where that is 0), with visual
                 "regions". Without pixels and regions the text is all there is; the gate is then left out.
@@ -261,64 +258,54 @@ class ImageSeq2Seq(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument that does not fit.
         """
-        config = self.config
-        feat = self._checked_picture(image, image_feat, image_loc)
+        config, rows = self.config, image_feat
+        self._check_picture(image, image_feat, image_loc)
         if self.gate is not None and input_ids is None:
             raise ValueError("input_ids: is None, must be given to a model with fusion 'gated'")
-        segments, table = [], self.embeddings.token_type_embeddings
+        if image is not None:  # stands for the grid until the stem has made it
+            rows = image.new_zeros(1, 1, 1).expand(len(image), config.grid**2, config.region_dim)
+        stream = SingleStream.of_inputs(input_ids, rows, image_loc, (config.region_dim, config.region_loc_dim),
+                                        self.dtype, attention_mask, image_mask, text_lengths, num_regions)
         text = visual = None
-        if feat is not None:
-            rows = feat if image is None else feat.new_empty(len(feat), config.grid**2, 0)
-            segment = Segment.of("image_mask", image_mask, "num_regions", num_regions, rows)
-            if segment.counted:  # NaN behind the count reaches nothing
-                feat, loc = (None if part is None else part.masked_fill(~segment.keep[..., None], 0)
-                             for part in (feat, image_loc))
-            else:
-                loc = image_loc
-            visual = self.visual(feat.to(self.dtype), None if loc is None else loc.to(self.dtype), table.weight[VISUAL])
-            segments.append(segment)
-        elif image_mask is not None or num_regions is not None:
-            raise ValueError("image_feat: is None, must be given with image_mask or num_regions")
         if input_ids is not None:
-            check_ids(input_ids)
-            if feat is not None and len(input_ids) != len(feat):
-                raise ValueError(f"input_ids: has {len(input_ids)} rows, the picture {len(feat)}; must be as many")
-            text = self.embeddings(input_ids)
-            segments.insert(0, Segment.of("attention_mask", attention_mask, "text_lengths", text_lengths, input_ids))
-        elif attention_mask is not None or text_lengths is not None:
-            raise ValueError("input_ids: is None, must be given with attention_mask or text_lengths")
-        if not segments:
-            raise ValueError("input_ids: is None like the picture, at least one must be given")
-        given = visual if text is None else text
-        if self.gate is not None:
-            segments = segments[:1]
-        stream = SingleStream.of(len(given), segments, self.dtype, given.device)
-        x = text if self.gate is not None else stream.join(text, visual)
-        states, _ = self.encoder(x, stream)
-        if self.gate is not None and visual is not None:
-            states = self.gate(states, _mean(visual, segment.keep))
-        return Memory(states, stream.keep)
+            text = self.embeddings(input_ids).expand(stream.batch, -1, -1)
+        if rows is not None:
+            given = (image,) if image is not None else stream.blanked(
+                1, *(part for part in (image_feat, image_loc) if part is not None))
+            segment = self.embeddings.token_type_embeddings.weight[VISUAL]
+            visual = self.visual(segment, *(part.to(self.dtype) for part in given))
+        if self.gate is None:
+            return Memory(self.encoder(stream.join(text, visual), stream)[0], stream.keep)
+        alone = SingleStream.of(stream.batch, [stream.segments[0]], self.dtype, stream.device)
+        states, _ = self.encoder(text, alone)
+        if visual is not None:
+            states = self.gate(states, _mean(visual, stream.segments[1].keep))
+        return Memory(states, alone.keep)
 
-    def _checked_picture(self, image: Tensor | None, feat: Tensor | None, loc: Tensor | None) -> Tensor | None:
-        """The pixels or the region features, or None."""
-        config = self.config
+    def _check_picture(self, image: Tensor | None, feat: Tensor | None, loc: Tensor | None) -> None:
+        """Pixels or region features are what the model reads; shapes of regions are checked elsewhere."""
+        config, side = self.config, self.config.image_size
         if image is not None:
             if config.visual != "grid":
                 raise ValueError(f"image: is given to a model with visual {config.visual!r}, must be None")
             if feat is not None or loc is not None:
                 raise ValueError("image_feat: given together with image, must be None")
-            side = config.image_size
             if image.ndim != 4 or image.shape[1:] != (3, side, side):
                 raise ValueError(f"image: has shape {list(image.shape)}, must be [B, 3, {side}, {side}]")
-            return image
-        if feat is None:
-            return None
-        if config.visual != "regions":
-            raise ValueError(f"image_feat: is given to a model with visual {config.visual!r}, must be None")
-        if loc is None and config.region_loc_dim:
-            raise ValueError("image_loc: is None, must be given with image_feat")
-        check_regions(feat, feat[..., :0] if loc is None else loc, (config.region_dim, config.region_loc_dim))
-        return feat
+        elif feat is not None:
+            if config.visual != "regions":
+                raise ValueError(f"image_feat: is given to a model with visual {config.visual!r}, must be None")
+            if loc is None and config.region_loc_dim:
+                raise ValueError("image_loc: is None, must be given with image_feat")
+        elif loc is not None:
+            raise ValueError("image_feat: is None, must be given with image_loc")
+
+    def _check_target(self, ids: Tensor, batch: int) -> None:
+        longest = self.config.max_position_embeddings
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise TypeError(f"decoder_input_ids: is {ids.dtype}, must be integers")
+        if ids.ndim != 2 or len(ids) != batch or not 1 <= ids.shape[1] <= longest:
+            raise ValueError(f"decoder_input_ids: has shape {list(ids.shape)}, must be [{batch}, 1 to {longest}]")
 
     def start(self, memory: Memory) -> State:
         """The state of B texts before their first token."""

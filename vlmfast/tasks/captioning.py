@@ -104,10 +104,10 @@ class Captioner(TextWriter):
         return mask_step(predict, self.model.config.mask_word_id), tokens.sep, context, reorder
 
     def _start_uniter(self, given: dict[str, Tensor]):
-        """Nothing is cached: the text stands before the regions and moves none of them, but is short."""
+        """The caption follows [CLS]. Nothing is cached: the text stands before the regions, but is short."""
 
         def predict(written: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-            prefix = torch.zeros(len(written), dtype=torch.int64, device=written.device)
+            prefix = torch.ones(len(written), dtype=torch.int64, device=written.device)
             logits = self.model(written, **state, prefix_lengths=prefix, heads=("mlm",)).logits["mlm"]
             return logits[:, -1], state
 

@@ -16,7 +16,8 @@ class Row:
         reads: "regions" or "pictures", beside texts.
         interface: name in `vlmfast.tasks`.
         metric: functions of `vlmfast.tasks`.
-        loss: of the first head, a key of `fine_tuning.LOSSES`; "" where there is none to fine-tune.
+        loss: of the first head, a key of `fine_tuning.LOSSES`, or, of models that write, an objective of
+            `objectives.Pretraining`; "" where there is none to fine-tune.
     """
 
     task: str
@@ -56,6 +57,10 @@ def _rows() -> list[Row]:
         Row("retrieval", "CLIP", (), "pictures", "Retriever", ("recall_at_k",)),
         Row("zero_shot", "CLIP", (), "pictures", "ZeroShotClassifier", ("accuracy",)),
     ]
+    writers = {"ImageSeq2Seq": ("lm", "pictures"), "VDBERT": ("mlm", "regions"), "UNITER": ("mlm", "regions")}
+    rows += [Row("captioning", model, (head,), reads, "Captioner", ("cider_d", "bleu"), "seq2seq")
+             for model, (head, reads) in writers.items()]
+    rows.append(Row("translation", "ImageSeq2Seq", ("lm",), "pictures", "Translator", ("bleu", "chrf"), "seq2seq"))
     # a dual encoder's shortlist, put in order by the model named
     rows += [Row("reranking", row.model, row.heads, row.reads, "Reranker", ("recall_of_scores",), row.loss)
              for row in rows if row.task == "retrieval" and row.heads]
