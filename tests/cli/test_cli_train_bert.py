@@ -79,6 +79,7 @@ def test_every_model_pretrains_and_loads(model, regions, tmp_path, capsys):
 @pytest.mark.parametrize("model, objectives", [
     ("vilbert", "mlm,itm,mrc"), ("vilbert", "mrm_nce"), ("lxmert", "mrc,mrc_attributes,contrastive"),
     ("vlbert", "itm,mrc"), ("imagebert", "mrc,wra"), ("vdbert", "seq2seq,prefix_lm"), ("uniter", "mlm_whole_word,mrc"),
+    ("uniter", "seq2seq,mrfr"),
 ])
 def test_further_objectives(model, objectives, regions, tmp_path):
     assert train(model, regions, tmp_path, "--steps", 2, "--objectives", objectives) == 0

@@ -227,9 +227,9 @@ class PretrainingCollate:
         image, text = self.collate(indices)
         if "mlm_whole_word" in self.objectives:
             text["words"] = word_ids(self.continues[text["input_ids"]], text["special"])
-        slots = self.collate.encoder.slots
-        if slots and "seq2seq" in self.objectives:
-            text["prefix_lengths"] = torch.full((len(indices),), slots + 2)
+        if "seq2seq" in self.objectives:  # [CLS] is given, of VD-BERT the image slots and their [SEP] too
+            slots = self.collate.encoder.slots
+            text["prefix_lengths"] = torch.full((len(indices),), slots + 2 if slots else 1)
         return PretrainingBatch(**image), PretrainingBatch(**text)
 
 
