@@ -24,7 +24,7 @@ from .harness import Floor, Peer, Row, Settings, Skip, Workload, relative_error
 from .report import Target
 
 NAME = "models"
-TESTS = "tests/models"
+TESTS = "tests/models/test_two_stream.py tests/models/test_visualbert.py tests/bench/test_bench_models.py"
 OPS = ("vilbert_fwd", "lxmert_ragged_fwd", "lxmert_fwd", "visualbert_fwd")
 DTYPES = ("float32",)
 SHAPES = ((64,),)
