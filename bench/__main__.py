@@ -27,6 +27,10 @@ def _shapes(text: str) -> tuple[tuple[int, ...], ...]:
     return shapes
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
 def _dtypes(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
     if not set(names) <= set(DTYPES):
@@ -67,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--list", action="store_true", help="families, their ops and peers, and what is missing here")
     made.add_argument("--quick", action="store_true", help="small shapes, no torch.compile; about a minute")
     made.add_argument("--device", type=_device, default="cpu", help="cpu (default) or cuda")
+    made.add_argument("--ops", type=_names, metavar="NAME,...", help="some of the family's; default: all")
     made.add_argument("--shapes", type=_shapes, metavar="NxD,...", help="instead of the family's own")
     made.add_argument("--dtype", type=_dtypes, metavar="NAME,...", help=f"any of {', '.join(DTYPES)}")
     made.add_argument("--threads", type=_counts, metavar="N,...", help="default: 1,2 as far as there are cores")
@@ -102,7 +107,7 @@ def workloads(family: ModuleType, args: argparse.Namespace) -> list[Workload]:
     threads = args.threads or tuple(n for n in (1, 2) if n <= (os.cpu_count() or 1))
     if args.device != "cpu":
         threads = (1,)
-    grid = itertools.product(family.OPS, shapes, args.dtype or family.DTYPES, threads)
+    grid = itertools.product(args.ops or family.OPS, shapes, args.dtype or family.DTYPES, threads)
     return [Workload(op, shape, dtype, args.device, count) for op, shape, dtype, count in grid]
 
 
@@ -139,6 +144,8 @@ def main(argv: list[str] | None = None) -> int:
     rank = len(family.SHAPES[0])
     if args.shapes and any(len(shape) != rank for shape in args.shapes):
         arguments.error(f"argument --shapes: {args.family} wants {rank} numbers a shape, such as 2048x512")
+    if unknown := [name for name in args.ops or () if name not in family.OPS]:
+        arguments.error(f"argument --ops: {args.family} has no {unknown[0]}, only {', '.join(family.OPS)}")
     if args.no_tests:
         gate = environment.Gate("not run", "WARNING: not run (--no-tests); the figures may come from broken code")
     else:

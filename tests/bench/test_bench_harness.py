@@ -260,6 +260,8 @@ def test_green_needs_a_test_that_passed(tmp_path):
 
     assert status("good") == "green"
     assert [status(name) for name in ("bad", "none", "skipped")] == ["red"] * 3
+    assert environment.run_tests("test_good.py test_bad.py", tmp_path).status == "red"
+    assert environment.run_tests("test_good.py test_absent.py", tmp_path).status == "missing"
     missing = environment.run_tests("test_absent.py", tmp_path)
     assert missing.status == "missing" and "WARNING" in missing.text and missing.may_report
 
@@ -291,6 +293,11 @@ def test_untested_figures_say_so(toy_cli, capsys):
 def test_missing_op_of_ours_fails_the_command(toy_cli):
     absent = [Peer("ours", lambda w: square, ours=True, skip="not built"), Peer("rival", lambda w: square)]
     assert toy_cli(peers=lambda workload, quick=False: absent, targets=lambda rows: [])[0] == 1
+
+
+def test_ops_chooses_among_those_of_the_family(toy_cli):
+    _, folder = toy_cli("--ops", "squares", OPS=("other", "squares"))
+    assert {row["op"] for row in json.loads((folder / "info_nce.json").read_text())["rows"]} == {"squares"}
 
 
 # The report
@@ -363,7 +370,8 @@ def test_commit_is_marked_dirty(tmp_path):
 
 @pytest.mark.parametrize(
     "argv",
-    [[], ["nothing"], ["info_nce", "--shapes", "12"], ["info_nce", "--shapes", "0x4"], ["info_nce", "--dtype", "int8"]]
+    [[], ["nothing"], ["info_nce", "--shapes", "12"], ["info_nce", "--shapes", "0x4"], ["info_nce", "--dtype", "int8"],
+     ["info_nce", "--ops", "nothing"]]
     + [["info_nce", "--threads", "0"], ["info_nce", "--repeats", "0"], ["info_nce", "--device", "tpu"]],
 )
 def test_bad_arguments_are_refused(argv, capsys):

@@ -204,6 +204,26 @@ def test_plan_is_a_constant_of_the_gradient():
     assert gradcheck(with_fixed_plan, (x, y))
 
 
+def test_gradient_of_vectors_shorter_than_eps_is_that_of_normalize():
+    x, y = torch.randn(2, 3, 5, dtype=torch.float64), torch.randn(2, 4, 5, dtype=torch.float64)
+    x[0, 0] *= 1e-7 / x[0, 0].norm()
+    y[1, 2] = 0
+    x.requires_grad_(), y.requires_grad_()
+    distance, plan = optimal_transport_distance(x, y, return_plan=True)
+    cost = 1 - F.normalize(x, dim=-1, eps=1e-5) @ F.normalize(y, dim=-1, eps=1e-5).mT
+    truth = (plan * cost).sum((1, 2))
+    torch.testing.assert_close(distance, truth)
+    for mine, true in zip(*(torch.autograd.grad(d[0] + 3 * d[1], (x, y)) for d in (distance, truth)), strict=True):
+        torch.testing.assert_close(mine, true)
+
+
+def test_a_second_derivative_is_refused():
+    x, y = (torch.randn(1, n, 5, requires_grad=True) for n in (3, 4))
+    (gradient,) = torch.autograd.grad(optimal_transport_distance(x, y).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="optimal_transport_distance: the second derivative is not implemented"):
+        gradient.sum().backward()
+
+
 def test_any_strides_and_threads_give_the_same_bits():
     cost, (lengths_x, lengths_y) = cosine_costs(9, 12, 15), ragged(9, 12, 15, least=0)
     plan = ipot(cost, lengths_x, lengths_y)

@@ -11,6 +11,7 @@ from .. import _native
 from . import dispatch
 from .attention_checks import check_integers
 from .attention_native import DTYPES, address
+from .autograd import first_order
 from .reference import alignment as reference
 
 
@@ -105,14 +106,53 @@ def optimal_transport_distance(x: Tensor, y: Tensor, lengths_x: Tensor | None = 
     batch, n, m = len(x), x.shape[1], y.shape[1]
     lengths_x, lengths_y, mask_x, mask_y = padding = check_padding(op, x, (batch, n, m), lengths_x, lengths_y, mask_x,
                                                                    mask_y)
-    keep_x = reference.keep_of(lengths_x, mask_x, batch, n, x.device)
-    keep_y = reference.keep_of(lengths_y, mask_y, batch, m, x.device)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     with torch.autocast(x.device.type, enabled=False):
-        dtype = torch.promote_types(x.dtype, y.dtype)
-        cost = reference.cosine_cost(x.to(dtype), y.to(dtype), keep_x, keep_y)
-        plan = _ipot_op(cost.detach(), *padding, float(beta), iterations, k)
-        distance = (plan * cost).sum((1, 2))
+        x, y = x.to(dtype), y.to(dtype)  # here, so that gradients arrive in the callers' dtypes
+        if lengths_x is not None or mask_x is not None:
+            x = x.masked_fill(~reference.keep_of(lengths_x, mask_x, batch, n, x.device)[..., None], 0)
+        if lengths_y is not None or mask_y is not None:
+            y = y.masked_fill(~reference.keep_of(lengths_y, mask_y, batch, m, x.device)[..., None], 0)
+        distance, plan = _CosineTransport.apply(x, y, padding, float(beta), iterations, k)
     return (distance, plan) if return_plan else distance
+
+
+class _CosineTransport(torch.autograd.Function):
+    """<plan, 1 - cosine> of x [B, N, D] and y [B, M, D], both 0 in padding.
+
+    Normalised copies of x and y are never made: with s_ij = x_i . y_j / (max(|x_i|, eps) max(|y_j|, eps)) and
+    w_ij = -P_ij / (max(|x_i|, eps) max(|y_j|, eps)) the gradient is
+
+        dx_i = sum_j w_ij y_j + x_i sum_j P_ij s_ij / |x_i|^2, the second term only where |x_i| > eps.
+    """
+
+    @staticmethod
+    def forward(ctx, x, y, padding, beta: float, iterations: int, k: int):
+        norm_x, norm_y = (torch.linalg.vector_norm(side, dim=-1) for side in (x, y))
+        inverse_x, inverse_y = (1 / norm.clamp(min=reference.EPS) for norm in (norm_x, norm_y))
+        cosine = x @ y.transpose(1, 2) * inverse_x[:, :, None] * inverse_y[:, None]
+        cost = 1 - cosine
+        plan = _ipot_op(cost, *padding, beta, iterations, k)
+        ctx.save_for_backward(x, y, norm_x, norm_y, plan * cosine, plan)
+        ctx.mark_non_differentiable(plan)
+        return (plan * cost).sum((1, 2)), plan
+
+    @staticmethod
+    @first_order("optimal_transport_distance")
+    def backward(ctx, upstream, _plan):
+        x, y, norm_x, norm_y, weighted, plan = ctx.saved_tensors
+        inverse_x, inverse_y = (1 / norm.clamp(min=reference.EPS) for norm in (norm_x, norm_y))
+        upstream = upstream[:, None, None]
+        with torch.autocast(x.device.type, enabled=False):
+            weight = plan * -upstream * inverse_x[:, :, None] * inverse_y[:, None]
+            weighted = weighted * upstream
+            found = []
+            for side, other, norm, products, own in ((x, y, norm_x, weight, weighted.sum(2)),
+                                                     (y, x, norm_y, weight.transpose(1, 2), weighted.sum(1))):
+                own = torch.where(norm > reference.EPS, own / norm.square(), 0)
+                needed = ctx.needs_input_grad[len(found)]
+                found.append(torch.baddbmm(side * own[..., None], products, other) if needed else None)
+        return *found, None, None, None, None
 
 
 def check_scaling(op: str, beta, iterations, k) -> None:

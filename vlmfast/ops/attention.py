@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attention_call import CAUSAL, LSE, PROBS, PROBS_DROPOUT, Direction, Options, run
+from .attention_call import CAUSAL, LSE, NO_OPTIONS, PROBS, PROBS_DROPOUT, Direction, Options, run
 from .attention_checks import (
     check_bias,
     check_broadcast,
@@ -109,25 +109,26 @@ def co_attention(query_a: Tensor, key_a: Tensor, value_a: Tensor, query_b: Tenso
             if query.shape[:2] != key.shape[:2]:
                 raise ValueError(f"{op}: key_{name} has batch and length {tuple(key.shape[:2])}, query_{name} has "
                                  f"{tuple(query.shape[:2])}; they must be equal")
-    pair_a = check_integers(op, "pair_a", pair_a, query_a, None)
-    pair_b = check_integers(op, "pair_b", pair_b, query_a, None if pair_a is None else pair_a.shape[0])
-    lengths_a = check_integers(op, "lengths_a", lengths_a, query_a, batch_a)
-    lengths_b = check_integers(op, "lengths_b", lengths_b, query_a, batch_b)
-    mask_a = check_key_mask(op, "mask_a", mask_a, query_a, (batch_a, sa))
-    mask_b = check_key_mask(op, "mask_b", mask_b, query_a, (batch_b, sb))
-    batch = batch_a if pair_a is None else pair_a.shape[0]
-    bias_a = check_bias(op, "bias_a", bias_a, query_a, (batch, heads, sa, sb))
-    bias_b = check_bias(op, "bias_b", bias_b, query_a, (batch, heads, sb, sa))
+    over_b = over_a = NO_OPTIONS
+    # a small call takes as long as its checks
+    if not (pair_a is pair_b is lengths_a is lengths_b is mask_a is mask_b is bias_a is bias_b is None):
+        pair_a = check_integers(op, "pair_a", pair_a, query_a, None)
+        pair_b = check_integers(op, "pair_b", pair_b, query_a, None if pair_a is None else pair_a.shape[0])
+        lengths_a = check_integers(op, "lengths_a", lengths_a, query_a, batch_a)
+        lengths_b = check_integers(op, "lengths_b", lengths_b, query_a, batch_b)
+        mask_a = check_key_mask(op, "mask_a", mask_a, query_a, (batch_a, sa))
+        mask_b = check_key_mask(op, "mask_b", mask_b, query_a, (batch_b, sb))
+        batch = batch_a if pair_a is None else pair_a.shape[0]
+        bias_a = check_bias(op, "bias_a", bias_a, query_a, (batch, heads, sa, sb))
+        bias_b = check_bias(op, "bias_b", bias_b, query_a, (batch, heads, sb, sa))
+        over_b = Options(lengths_a, lengths_b, mask_b, pair_q=pair_a, pair_k=pair_b)
+        over_a = Options(lengths_b, lengths_a, mask_a, pair_q=pair_b, pair_k=pair_a)
     scale = check_scale(op, scale, width)
     dropout_a, dropout_b = check_rate(op, "dropout_a", dropout_a), check_rate(op, "dropout_b", dropout_b)
     seed = draw_seed(op, seed, query_a, dropout_a > 0 or dropout_b > 0)
     flags = PROBS * return_probs | PROBS_DROPOUT * probs_dropout | LSE * return_lse
-    a = Direction(query_a, key_b, value_b, bias_a,
-                  Options(lengths_a, lengths_b, mask_b, pair_q=pair_a, pair_k=pair_b),
-                  scale, dropout_a, flags)
-    b = Direction(query_b, key_a, value_a, bias_b,
-                  Options(lengths_b, lengths_a, mask_a, pair_q=pair_b, pair_k=pair_a),
-                  scale, dropout_b, flags)
+    a = Direction(query_a, key_b, value_b, bias_a, over_b, scale, dropout_a, flags)
+    b = Direction(query_b, key_a, value_a, bias_b, over_a, scale, dropout_b, flags)
     (out_a, probs_a, lse_a), (out_b, probs_b, lse_b) = run(op, [a, b], seed)
     return CoAttention(out_a, out_b, probs_a, probs_b, lse_a, lse_b)
 

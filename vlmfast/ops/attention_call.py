@@ -55,7 +55,7 @@ class _Static(NamedTuple):
     slots: list[tuple[int, ...]]
 
 
-_NO_OPTIONS = Options()
+NO_OPTIONS = Options()
 
 
 def run(name: str, directions: list[Direction], seed: Tensor | None) -> list[tuple]:
@@ -94,7 +94,7 @@ def _flatten(name: str, directions: list[Direction]) -> tuple[_Static, list[Tens
         static.dropout.append(d.dropout)
         static.flags.append(d.flags)
         slots = []
-        for x in d[:4] if d.options is _NO_OPTIONS else (*d[:4], *d.options):
+        for x in d[:4] if d.options is NO_OPTIONS else (*d[:4], *d.options):
             slot = -1
             if x is not None:
                 for at, known in enumerate(tensors):
@@ -112,7 +112,7 @@ def _unflatten(static: _Static, tensors, keep: int) -> list[Direction]:
     directions = []
     for scale, dropout, flags, slots in zip(*static[1:], strict=True):
         found = [tensors[slot] if slot >= 0 else None for slot in slots]
-        options = Options(*found[4:]) if len(found) > 4 else _NO_OPTIONS
+        options = Options(*found[4:]) if len(found) > 4 else NO_OPTIONS
         directions.append(Direction(*found[:4], options, scale, dropout, flags | keep))
     return directions
 
