@@ -88,6 +88,13 @@ def test_further_objectives(model, objectives, regions, tmp_path):
     assert record["loss"] == pytest.approx(sum(record["parts"].values()), rel=1e-5)
 
 
+def test_config_fields_are_read_as_json_or_python(regions, tmp_path):
+    assert train("uniter", regions, tmp_path, "--steps", 1, "--config", "initializer_range=.5", "--config",
+                 "hidden_dropout_prob=0.0") == 0
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["initializer_range"] == 0.5 and config["hidden_dropout_prob"] == 0.0
+
+
 def test_resumes_bit_for_bit(regions, tmp_path, monkeypatch):
     from vlmfast.training.loop import Trainer
 

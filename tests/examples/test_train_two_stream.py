@@ -1,16 +1,14 @@
 """The real run of ViLBERT and LXMERT: it learns, its files give the same model back, blindness and masks are what they
 say, and on the real pictures it beats the majority answer."""
 
-import io
 import json
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import vlmfast
 from vlmfast.data import RegionFeatures, collate_regions
@@ -19,8 +17,7 @@ from vlmfast.objectives.bert_like import IGNORE
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 MODELS = ("vilbert", "lxmert")
-KINDS = ("apple", "truck", "hat", "tree")
-RGB = ((220, 20, 20), (20, 180, 40), (30, 40, 220), (240, 220, 10))
+KINDS = ("apple", "truck", "hat", "tree")  # of the stamps
 SMALL = {"train": 40, "test": 12, "batch_size": 16, "progress": False}
 
 
@@ -34,21 +31,6 @@ def example():
     finally:
         sys.path.remove(str(EXAMPLES))
     return train_two_stream, two_stream_data, two_stream_models
-
-
-@pytest.fixture(scope="module")
-def stamps(tmp_path_factory):
-    """Five cut-outs of each of four kinds, in four colours."""
-    path = tmp_path_factory.mktemp("stamps") / "stamps.zip"
-    captions = [f"A {kind}." for _ in range(5) for kind in KINDS]
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("meta.json", json.dumps([{"i": i, "en": text} for i, text in enumerate(captions)]))
-        for i in range(len(captions)):
-            image, buffer = Image.new("RGBA", (60, 50), (0, 0, 0, 0)), io.BytesIO()
-            ImageDraw.Draw(image).rectangle((2, 2, 20 + 9 * (i % 4), 45 - 9 * (i % 3)), fill=RGB[(i + i // 4) % 4])
-            image.save(buffer, "WEBP", lossless=True)
-            archive.writestr(f"img/{i}.webp", buffer.getvalue())
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Vocabulary and model of `vlmfast train uniter` and its relatives: sizes, heads, what a run starts from."""
 
+import ast
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,8 +86,16 @@ def read_overrides(values: list[str]) -> dict:
         try:
             found[name] = json.loads(value)
         except json.JSONDecodeError:
-            found[name] = value
+            found[name] = _python_value(value)
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+
+
+def _python_value(text: str):
+    """What JSON does not know: .5, True, a tuple; else the text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
 
 
 def from_data(model: str, facts: DetectorFacts, feature_dim: int, objectives: tuple[str, ...]) -> dict:
