@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from types import ModuleType
 
-from ..models.image_seq2seq import ImageSeq2Seq
 from ..models.imagebert import ImageBERT
 from ..models.lxmert import LXMERT
 from ..models.pixelbert import PixelBERT
@@ -12,7 +11,8 @@ from ..models.vdbert import VDBERT
 from ..models.vilbert import ViLBERT
 from ..models.visualbert import VisualBERT
 from ..models.vlbert import VLBERT
-from . import image_seq2seq, imagebert, lxmert, pixelbert, uniter, vdbert, vilbert, visualbert, vlbert
+from . import imagebert, lxmert, pixelbert, uniter, vdbert, vilbert, visualbert, vlbert
+from .own import OWN, Own
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class BertLike:
         keys: parts of tensor names that no other model's files have.
     """
 
-    module: ModuleType
+    module: ModuleType | Own
     model: type
     layout: str
     model_type: str
@@ -45,7 +45,6 @@ BERT_LIKE: dict[str, BertLike] = {
     "pixelbert": BertLike(pixelbert, PixelBERT, "pixelbert", pixelbert.MODEL_TYPE, (b"cnn.grid_encoder.0.weight",)),
     "imagebert": BertLike(imagebert, ImageBERT, "imagebert", imagebert.MODEL_TYPE,
                           (b"bert.embeddings.image_location_embeddings",)),
-    "image_seq2seq": BertLike(image_seq2seq, ImageSeq2Seq, "image_seq2seq", image_seq2seq.MODEL_TYPE,
-                              (b"decoder.0.cross_attention.",)),
+    **{own.model_type: BertLike(own, own.model, own.model_type, own.model_type, (own.key,)) for own in OWN},
 }
 BY_MODEL_TYPE = {entry.model_type: name for name, entry in BERT_LIKE.items()}

@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import nn
 
-from . import clip, image_seq2seq, imagebert, lxmert, pixelbert, uniter, vdbert, vilbert, visualbert, vlbert
+from . import clip, image_seq2seq, imagebert, lxmert, pixelbert, uniter, vdbert, vilbert, visualbert, vlbert, vlnbert
 from .affect import AffectConfig, AffectModel
 from .clip import CLIP, CLIPConfig, CLIPOutput
 from .image_seq2seq import ImageSeq2Seq, ImageSeq2SeqConfig, ImageSeq2SeqOutput
@@ -19,6 +19,7 @@ from .vdbert import VDBERT, VDBERTConfig
 from .vilbert import ViLBERT, ViLBERTConfig, ViLBERTOutput
 from .visualbert import VisualBERT, VisualBERTConfig
 from .vlbert import VLBERT, VLBERTConfig
+from .vlnbert import VLNBERT, VLNBERTConfig
 
 __all__ = [
     "AffectConfig",
@@ -43,6 +44,8 @@ __all__ = [
     "VDBERTConfig",
     "VLBERT",
     "VLBERTConfig",
+    "VLNBERT",
+    "VLNBERTConfig",
     "ViLBERT",
     "ViLBERTConfig",
     "ViLBERTOutput",
@@ -61,6 +64,7 @@ __all__ = [
     "vilbert",
     "visualbert",
     "vlbert",
+    "vlnbert",
 ]
 
 _builders: dict[str, Callable[..., nn.Module]] = {}
@@ -101,6 +105,7 @@ def create(name: str, **overrides) -> nn.Module:
     return builder(**overrides)
 
 
-for _module in (clip, vilbert, lxmert, visualbert, uniter, vlbert, vdbert, pixelbert, imagebert, image_seq2seq):
+for _module in (clip, vilbert, lxmert, visualbert, uniter, vlbert, vdbert, pixelbert, imagebert, image_seq2seq,
+                vlnbert):
     for _name in _module.PRESETS:
         register(_name, partial(_module.build, _name))

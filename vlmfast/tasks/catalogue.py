@@ -61,6 +61,7 @@ def _rows() -> list[Row]:
     rows += [Row("captioning", model, (head,), reads, "Captioner", ("cider_d", "bleu"), "seq2seq")
              for model, (head, reads) in writers.items()]
     rows.append(Row("translation", "ImageSeq2Seq", ("lm",), "pictures", "Translator", ("bleu", "chrf"), "seq2seq"))
+    rows.append(Row("navigation", "VLNBERT", ("action",), "regions", "Navigator", ("navigation_scores",)))
     # a dual encoder's shortlist, put in order by the model named
     rows += [Row("reranking", row.model, row.heads, row.reads, "Reranker", ("recall_of_scores",), row.loss)
              for row in rows if row.task == "retrieval" and row.heads]
