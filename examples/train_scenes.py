@@ -31,7 +31,7 @@ from vlmfast.tasks import NLVR2, VQA, read_answers
 
 SIZE = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 256,
         "initializer_range": 0.08, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-STEPS = {"pretraining": 2000, "vqa": 1500, "nlvr": 1500}
+STEPS = {"pretraining": 2000, "vqa": 1500, "nlvr": 600}
 
 
 def run(pictures, out: Path, *, steps: dict[str, int] | None = None, train: int = 6000, test: int = 300,
