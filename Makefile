@@ -1,11 +1,11 @@
 # make demo   train a small CLIP on the embedded pictures and show what it learned
-# make test   all tests
+# make test   all tests but the trainings on real pictures, which are make training
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint sanitize aot wheel bench clean
+.PHONY: demo test training lint sanitize aot wheel bench clean
 
 # one stamp per set of requirements: the package is rebuilt by hand (make build) after a change in csrc/
 $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
@@ -17,7 +17,7 @@ $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* cs
 	touch $@
 
 $(VENV)/tested: $(VENV)/installed
-	$(BIN)/python -m pip install -q -e ".[test,triton]" --no-build-isolation
+	$(BIN)/python -m pip install -q -e ".[test,triton,navigation]" --no-build-isolation
 	$(BIN)/python -m pip install -q transformers sentencepiece
 	$(BIN)/python -m pip install -q --no-deps open_clip_torch
 	touch $@
@@ -27,6 +27,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/tested
 	$(BIN)/python -m pytest
+
+training: $(VENV)/tested
+	$(BIN)/python -m pytest -m training
 
 lint: $(VENV)/tested
 	$(BIN)/ruff check .

@@ -118,7 +118,7 @@ def test_the_share_of_emoji_falls(example):
     assert shares[0] == 0.75 and shares == sorted(shares, reverse=True) and shares[7:] == [0, 0, 0]
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_the_real_translation_run_beats_copying(example, shared_dir, tmp_path):
     data = shared_dir / "data" / "tuxpaint.zip"
     if not data.is_file():
@@ -129,7 +129,7 @@ def test_the_real_translation_run_beats_copying(example, shared_dir, tmp_path):
     assert result["bleu_differences"]["concat minus copy source"]["standard_errors"] > 2
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_the_real_run_beats_its_baseline(example, shared_dir, tmp_path):
     data = shared_dir / "data" / "tuxpaint.zip"
     if not data.is_file():

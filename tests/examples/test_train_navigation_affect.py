@@ -57,3 +57,12 @@ def test_affect_run_counts_every_picture_once(example, tmp_path):
     assert result["scores"]["majority"]["accuracy"] == pytest.approx(report["baselines"]["majority_accuracy"])
     task = Affect(vlmfast.load(tmp_path, task="affect"))
     assert task.config.reads == "image"
+
+
+@pytest.mark.training
+def test_the_agent_arrives_more_often_than_a_blind_one(example, tmp_path):
+    pytest.importorskip("minigrid")
+    assert example("train_navigation").main(["--out", str(tmp_path), "--no-progress"]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    for name in ("blind", "random"):
+        assert result["agent_minus"][name]["standard_errors"] > 2, name

@@ -36,7 +36,7 @@ def test_writes_models_and_a_table(example, stamps, tmp_path, capsys):
     assert len((tmp_path / "result.md").read_text().splitlines()) == 8
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_real_pictures_are_answered_well_above_the_majority(example, shared_dir, tmp_path):
     data = shared_dir / "data" / "tuxpaint.zip"
     if not data.is_file():

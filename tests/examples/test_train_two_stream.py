@@ -202,7 +202,7 @@ def test_a_batch_larger_than_the_data_is_refused(example, finished):
         data.BatchLoader(texts["train"], data.Pictures.of(scenes, "lxmert"), 100000, mask_id=4, vocab_size=50)
 
 
-@pytest.mark.slow
+@pytest.mark.training
 @pytest.mark.parametrize("name", MODELS)
 def test_real_pictures_are_answered_well_above_the_majority(example, shared_dir, tmp_path, name):
     data = shared_dir / "data" / "tuxpaint.zip"
