@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import vlmfast
+from vlmfast.data import load_emoji
 from vlmfast.tasks import Affect, Navigator
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -48,15 +49,24 @@ def test_the_bot_arrives_on_the_shortest_way_or_nearly(example):
 
 
 def test_affect_run_counts_every_picture_once(example, tmp_path):
-    result = example("train_affect").run(tmp_path, epochs=1, progress=False)
+    module = example("train_affect")
+    result = module.run(tmp_path, clip_epochs=1, epochs=1, progress=False)
     rows = [json.loads(line) for line in open(tmp_path / "predictions.jsonl", encoding="utf-8")]
-    assert len(rows) == result["pictures"]
-    right = sum(row["label"] == row["predicted"] for row in rows) / len(rows)
-    assert result["scores"]["model"]["accuracy"] == pytest.approx(right)
+    assert len(rows) == result["pictures"] and (tmp_path / "sheet.png").is_file()
+    mae = sum(abs(row["score"] - row["predicted"]) for row in rows) / len(rows)
+    assert result["scores"]["model"]["mae"] == pytest.approx(mae, abs=1e-4)
     report = json.loads((tmp_path / "report.json").read_text())
-    assert result["scores"]["majority"]["accuracy"] == pytest.approx(report["baselines"]["majority_accuracy"])
+    assert result["scores"]["mean"]["mae"] == pytest.approx(report["baselines"]["mean_score_mae"])
     task = Affect(vlmfast.load(tmp_path, task="affect"))
-    assert task.config.reads == "image"
+    assert task.config.reads == "pair" and task.config.kind == "intensity"
+
+
+def test_the_tower_learns_from_emoji_that_are_not_rated(example):
+    pairs = load_emoji()
+    rows = [{"index": 12}, {"index": 900}]
+    others = example("train_affect").unrated(pairs, rows)
+    bases = {pairs.records[row["index"]]["base"] for row in rows}
+    assert 0 < len(pairs.records) - len(others) < 60 and not bases & {pairs.records[i]["base"] for i in others}
 
 
 @pytest.mark.training

@@ -59,3 +59,15 @@ def test_reranked_scores_change_the_order_of_the_shortlist_only():
         rerank_scores(scores[0].reshape(9), None, 4)
     with pytest.raises(ValueError, match=r"cross gives \[1\], must be \[4\]"):
         rerank_scores(scores, lambda row, columns: [1.0], 4)
+
+
+def test_the_dual_encoders_scores_can_be_added(folder):
+    scores, better = torch.rand(3, 7), torch.rand(3, 7)
+    found = rerank_scores(scores, lambda row, columns: better[row, columns], shortlist=7, dual_weight=2.0)
+    assert torch.equal(found.argsort(1), (better.double() + 2 * scores.double()).argsort(1))
+    dual, cross = Retriever(clip()).add(folder), CrossEncoderRetriever(with_head(build("UNITER"), "retrieval"))
+    regions = {one.image_id: one for one in PICTURES}
+    plain = Reranker(dual, cross, regions, shortlist=4).search(TEXTS[0], top=4)
+    mixed = Reranker(dual, cross, regions, shortlist=4, dual_weight=1e6).search(TEXTS[0], top=4)
+    assert [one.path for one in mixed] == [one.path for one in dual.search(TEXTS[0], 4)]
+    assert {one.path: one.score for one in mixed} == {one.path: one.score for one in plain}

@@ -35,19 +35,21 @@ class Reranker:
         pictures: regions by file: a mapping or an opened RegionFeatures whose ids are the files' names, without or with
             suffix, or their paths; a function of the file. None: the files themselves, for Pixel-BERT.
         shortlist: pictures that are ranked anew.
+        dual_weight: how many times the dual encoder's cosine is added to the cross-encoder's score.
 
     Raises:
         ValueError: `shortlist` under 1, or no regions for a model that needs them.
     """
 
     def __init__(self, retriever: Retriever, cross_encoder: CrossEncoderRetriever,
-                 pictures: Mapping | Callable[[Path], object] | None = None, *, shortlist: int = 32):
+                 pictures: Mapping | Callable[[Path], object] | None = None, *, shortlist: int = 32,
+                 dual_weight: float = 0.0):
         if shortlist < 1:
             raise ValueError(f"Reranker: shortlist is {shortlist}, must be at least 1")
         if pictures is None and not cross_encoder.pixels:
             raise ValueError(f"Reranker: pictures is None, must be the regions for a {cross_encoder.kind}")
         self.retriever, self.cross_encoder, self.pictures = retriever, cross_encoder, pictures
-        self.shortlist = shortlist
+        self.shortlist, self.dual_weight = shortlist, dual_weight
 
     def search(self, query: str, top: int = 10) -> list[Reranked]:
         """The `top` best pictures for a text, best first, at most `shortlist` of them.
@@ -59,7 +61,8 @@ class Reranker:
             raise ValueError(f"Reranker.search: top is {top}, must be at least 1")
         found = self.retriever.search(query, self.shortlist)
         scores = self.cross_encoder.score(query, [self._picture(match.path) for match in found])[0]
-        order = scores.argsort(descending=True, stable=True)[:top].tolist()
+        mixed = scores.double() + self.dual_weight * torch.tensor([match.score for match in found], dtype=torch.float64)
+        order = mixed.argsort(descending=True, stable=True)[:top].tolist()
         return [Reranked(found[i].path, scores[i].item(), scores[i].sigmoid().item(), found[i].score, i)
                 for i in order]
 
@@ -74,13 +77,15 @@ class Reranker:
         raise KeyError(f"Reranker: pictures has no {path.stem!r}, {path.name!r} or {str(path)!r}")
 
 
-def rerank_scores(scores: Tensor, cross: Callable[[int, Sequence[int]], Tensor], shortlist: int = 32) -> Tensor:
+def rerank_scores(scores: Tensor, cross: Callable[[int, Sequence[int]], Tensor], shortlist: int = 32,
+                  dual_weight: float = 0.0) -> Tensor:
     """A dual encoder's scores with the best of each row in a cross-encoder's order, for `recall_of_scores`.
 
     Args:
         scores: [T, I], for instance of T texts by I pictures; `scores.T` ranks texts for each picture.
         cross: of (row, columns) -> [len(columns)] scores of the cross-encoder.
         shortlist: columns of a row that are scored.
+        dual_weight: how many times `scores` are added to the cross-encoder's.
 
     Returns:
         [T, I] float64 on the CPU: in each row the shortlist has the cross-encoder's order and lies above all others,
@@ -98,6 +103,7 @@ def rerank_scores(scores: Tensor, cross: Callable[[int, Sequence[int]], Tensor],
         found = torch.as_tensor(cross(row, columns)).detach().to("cpu", torch.float64)
         if found.shape != (len(columns),):
             raise ValueError(f"rerank_scores: cross gives {list(found.shape)}, must be [{len(columns)}]")
+        found = found + dual_weight * result[row, columns]
         # ranks above the rest, whatever the cross-encoder's scale
         result[row, columns] = result[row].max() + 1 + found.argsort().argsort()
     return result
