@@ -116,8 +116,22 @@ def test_saved_names_are_the_public_ones(golden, tmp_path):
         write(weights, tmp_path, metadata["config"])
         save_pretrained(load(tmp_path), tmp_path / case)
         saved = torch.load(tmp_path / case / "pytorch_model.bin", weights_only=True)
-        assert set(saved) == {key for key in weights if "q_dense" not in key}
-        assert all(torch.equal(saved[key], weights[key]) for key in saved if "vil_prediction.main" not in key)
+        assert set(saved) == set(weights)
+        for key, value in saved.items():
+            assert value.shape == weights[key].shape, key
+            if "q_dense" in key:
+                assert not value.any()
+            elif "vil_prediction.main" not in key:
+                assert torch.equal(value, weights[key]), key
+
+
+def test_a_strict_load_by_the_public_code_finds_every_key(tmp_path):
+    for fields in ({}, {"dynamic_attention": True, "task_specific_tokens": True}, {"heads": ("pretraining",)}):
+        model = tiny_vilbert(**fields)
+        save_pretrained(model, tmp_path)
+        saved = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+        public = as_public(model)
+        assert set(saved) == set(public) and all(saved[key].shape == value.shape for key, value in public.items())
 
 
 def test_missing_and_unknown_keys_are_named(tmp_path):

@@ -56,7 +56,7 @@ def load(path: Path, *, config=None, strict: bool, device, dtype) -> LXMERT:
 
 
 def save(model: LXMERT, folder: Path) -> None:
-    """config.json and model.safetensors as transformers writes and reads them."""
+    """config.json and model.safetensors as transformers writes and reads them: without the copy of the word table."""
     from safetensors.torch import save_file
 
     state = {("lxmert." if model.config.heads != "none" else "") + key.removeprefix("bert.")

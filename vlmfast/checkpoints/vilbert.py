@@ -19,8 +19,8 @@ from .state import build_filled, check_tied, count_layers, plain_names, require_
 
 CONFIG_NAME, WEIGHT_NAMES = "config.json", ("pytorch_model.bin", "model.safetensors")
 TABLE, COPY = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
-# q_dense is in every file and used by nothing
-DROPPED = re.compile(rf"{re.escape(COPY)}|bert\.encoder\.c_layer\.\d+\.biOutput\.q_dense[12]\.(weight|bias)"
+UNUSED = "biOutput.q_dense"  # in every file, shaped like biOutput.dense, and used by nothing
+DROPPED = re.compile(rf"{re.escape(COPY)}|bert\.encoder\.c_layer\.\d+\.{re.escape(UNUSED)}[12]\.(weight|bias)"
                      r"|bert\.embeddings\.position_ids")
 NORMALIZED = re.compile(r"(vil_prediction\.main\.[03]\.)weight_v")
 _HEAD_KEYS = {"cls": "pretraining", "vil_prediction": "vqa", "vil_prediction_gqa": "gqa",
@@ -48,8 +48,14 @@ def load(path: Path, *, config=None, strict: bool, device, dtype) -> ViLBERT:
 
 
 def save(model: ViLBERT, folder: Path) -> None:
-    """pytorch_model.bin under the public names, which the authors' code reads, and config.json."""
+    """pytorch_model.bin with every key that the authors' code has, and config.json.
+
+    What we do not build is written too: the copy of the word table, the first release's weight norms, and zeros for
+    the unused q_dense projections. Heads that `model.config.heads` lacks are not.
+    """
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    state |= {key.replace("biOutput.dense", UNUSED): torch.zeros_like(value)
+              for key, value in state.items() if "biOutput.dense" in key}
     if "pretraining" in model.config.heads:
         state[COPY] = state[TABLE]
     for i in (0, 3):

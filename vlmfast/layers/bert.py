@@ -199,6 +199,18 @@ class MaskedLMHead(nn.Module):
         return F.linear(self.transform(x), table, self.bias)
 
 
+class RegionHead(nn.Module):
+    """Transform and Linear: class scores or features of masked regions."""
+
+    def __init__(self, width: int, targets: int, activation: str = "gelu"):
+        super().__init__()
+        self.transform = Transform(width, activation)
+        self.decoder = nn.Linear(width, targets)
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., C] -> [..., targets]
+        return self.decoder(self.transform(x))
+
+
 class MLPClassifier(nn.Module):
     """Linear, GELU, LayerNorm, Linear, under the key `logit_fc`."""
 

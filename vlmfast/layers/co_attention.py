@@ -1,7 +1,8 @@
 """Layers in which two streams attend to each other: ViLBERT's co-attention block and LXMERT's cross-modality block.
 
 Both directions read the states from before the layer. Text is stream a, vision stream b. Submodules carry the names
-of the public checkpoints, where index 1 is vision and 2 is text.
+of the public checkpoints, where index 1 is vision and 2 is text. With `pairs` the states hold every example once: each
+is projected once, attention reads by index, and what follows has a state per pair.
 
 Sizes: B batch, T text rows, R regions, C width of text, Cv of vision, H heads.
 """
@@ -9,7 +10,7 @@ Sizes: B batch, T text rows, R regions, C width of text, Cv of vision, H heads.
 from torch import Tensor, nn
 
 from .bert import EPS, AttentionHalf, Intermediate, ResidualOutput
-from .streams import Rows, co_attend
+from .streams import Pairs, Rows, co_attend
 from .transformer import LayerNorm
 
 
@@ -25,7 +26,7 @@ class BiAttention(nn.Module):
         self.query2, self.key2, self.value2 = (nn.Linear(text_width, shared_width) for _ in range(3))
 
     def forward(self, text: Tensor, vision: Tensor, text_rows: Rows, vision_rows: Rows, bias: Tensor | None = None,
-                return_probs: bool = False):
+                return_probs: bool = False, pairs: Pairs | None = None):
         """(text context, vision context, text-over-vision, vision-over-text probabilities); see `co_attend`."""
 
         def heads(x: Tensor, *projections: nn.Linear) -> tuple[Tensor, ...]:
@@ -36,7 +37,7 @@ class BiAttention(nn.Module):
         text_context, vision_context, *probs = co_attend(
             heads(text, self.query2, self.key2, self.value2), heads(vision, self.query1, self.key1, self.value1),
             text_rows, vision_rows, bias=bias, dropout_a=training * self.vision_dropout,
-            dropout_b=training * self.text_dropout, return_probs=return_probs,
+            dropout_b=training * self.text_dropout, return_probs=return_probs, pairs=pairs,
         )
         return text_context.flatten(-2), vision_context.flatten(-2), *probs
 
@@ -79,10 +80,12 @@ class CoAttentionLayer(nn.Module):
         self.t_output = ResidualOutput(inner, width, drop)
 
     def forward(self, text: Tensor, vision: Tensor, text_rows: Rows, vision_rows: Rows, bias: Tensor | None = None,
-                return_probs: bool = False):
+                return_probs: bool = False, pairs: Pairs | None = None):
         """[B, T, C], [B, R, Cv] -> (text, vision, text-over-vision, vision-over-text probabilities or None)."""
         text_context, vision_context, *probs = self.biattention(text, vision, text_rows, vision_rows, bias,
-                                                                return_probs)
+                                                                return_probs, pairs)
+        if pairs is not None:
+            text, vision = pairs.take(text, vision)
         text, vision = self.biOutput(text_context, text, vision_context, vision)
         vision = self.v_output(self.v_intermediate(vision), vision)
         text = self.t_output(self.t_intermediate(text), text)
@@ -97,13 +100,14 @@ class SharedAttention(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
 
-    def forward(self, text: Tensor, vision: Tensor, text_rows: Rows, vision_rows: Rows, return_probs: bool = False):
+    def forward(self, text: Tensor, vision: Tensor, text_rows: Rows, vision_rows: Rows, return_probs: bool = False,
+                pairs: Pairs | None = None):
         def heads(x: Tensor) -> tuple[Tensor, ...]:
             return tuple(part(x).unflatten(-1, (self.heads, -1)) for part in (self.query, self.key, self.value))
 
         dropout = self.dropout if self.training else 0.0
         text, vision, *probs = co_attend(heads(text), heads(vision), text_rows, vision_rows, dropout_a=dropout,
-                                         dropout_b=dropout, return_probs=return_probs)
+                                         dropout_b=dropout, return_probs=return_probs, pairs=pairs)
         return text.flatten(-2), vision.flatten(-2), *probs
 
 
@@ -115,8 +119,11 @@ class SharedCrossAttention(nn.Module):
         self.att = SharedAttention(width, heads, attention_dropout)
         self.output = ResidualOutput(width, width, dropout)
 
-    def forward(self, text: Tensor, vision: Tensor, text_rows: Rows, vision_rows: Rows, return_probs: bool = False):
-        text_context, vision_context, *probs = self.att(text, vision, text_rows, vision_rows, return_probs)
+    def forward(self, text: Tensor, vision: Tensor, text_rows: Rows, vision_rows: Rows, return_probs: bool = False,
+                pairs: Pairs | None = None):
+        text_context, vision_context, *probs = self.att(text, vision, text_rows, vision_rows, return_probs, pairs)
+        if pairs is not None:
+            text, vision = pairs.take(text, vision)
         return self.output(text_context, text), self.output(vision_context, vision), *probs
 
 
@@ -140,10 +147,11 @@ class CrossModalityLayer(nn.Module):
         self.visn_inter = Intermediate(width, inner, activation)
         self.visn_output = ResidualOutput(inner, width, dropout)
 
-    def forward(self, text: Tensor, vision: Tensor, text_rows: Rows, vision_rows: Rows, return_probs: bool = False):
+    def forward(self, text: Tensor, vision: Tensor, text_rows: Rows, vision_rows: Rows, return_probs: bool = False,
+                pairs: Pairs | None = None):
         """[B, T, C], [B, R, C] -> (text, vision, and the probabilities text over vision, vision over text, text over
         text, vision over vision, each [B, H, S, S'] or None)."""
-        text, vision, *cross = self.visual_attention(text, vision, text_rows, vision_rows, return_probs)
+        text, vision, *cross = self.visual_attention(text, vision, text_rows, vision_rows, return_probs, pairs)
         text, text_probs = self.lang_self_att(text, text_rows, return_probs=return_probs)
         vision, vision_probs = self.visn_self_att(vision, vision_rows, return_probs=return_probs)
         text = self.lang_output(self.lang_inter(text), text)

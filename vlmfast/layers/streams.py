@@ -147,39 +147,54 @@ class Streams:
         keep = torch.cat([torch.ones_like(self.text_keep[:, :1]), self.text_keep], dim=1)
         return replace(self, text=text, text_keep=keep, bias=bias)
 
-    def paired(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor, "Streams"]:
-        """States and layout with row i * images + j = text i, image j (`all_pairs`), or the only text repeated."""
-        if self.packing is not None:  # only what needs no pairing is packed
-            return text, image, self
-        texts, images = len(text), len(image)
+    def paired(self, text: Tensor, image: Tensor, pack: bool) -> tuple[Tensor, Tensor, "Streams", "Pairs | None"]:
+        """Makes row i * images + j of both streams text i and image j (`all_pairs`), or repeats the only text.
+
+        Args:
+            pack: whether the pairs go without padding where counts of rows are known.
+
+        Returns:
+            The states, the layout after the next co-attention layer, and the pairs by which that layer joins the
+            states, which still hold every example once. Pairs are None, and nothing changes, where the i-th text
+            meets the i-th image.
+        """
+        texts, images = len(self.text_keep), len(self.image_keep)
+        if not self.all_pairs and texts == images:
+            return text, image, self, None
         columns = torch.arange(images, device=image.device)
+        rows = torch.zeros_like(columns)
         if self.all_pairs:
             rows, columns = columns[:texts].repeat_interleave(images), columns.repeat(texts)
-        elif texts == 1 != images:
-            rows = torch.zeros_like(columns)
-        else:
-            return text, image, self
+        if self.packing is not None:
+            text, image = self.padded(text, image)
         streams = Streams(self.text.take(rows), self.image.take(columns), self.text_keep[rows],
                           self.image_keep[columns], self.bias)
-        return text[rows], image[columns], streams
+        unpaired = Rows(streams.text.bias, self.text.lengths), Rows(streams.image.bias, self.image.lengths)
+        if pack:
+            streams = streams.without_padding()
+        return text, image, streams, Pairs((rows, columns), unpaired, streams.packing)
 
-    def packed(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor, "Streams"]:
-        """Both streams as [N, C] where counts of rows are known, unchanged otherwise and before pairing."""
+    def laid_out(self, name: str, *states: Tensor) -> tuple[Tensor, ...]:
+        """[B, S, C] tensors of stream "text" or "image" as this layout has them: the same, or [N, C] packed."""
+        if self.packing is None:
+            return states
+        return tuple(_select(x, self.packing[name == "image"]) for x in states)
+
+    def without_padding(self) -> "Streams":
+        """The layout of the same streams packed; itself where counts of rows are not known."""
         masked = self.text.bias is not None or self.image.bias is not None or self.bias is not None
         unknown = self.text.lengths is None and self.image.lengths is None
-        pairs = self.all_pairs or len(text) != len(image)
-        if self.packing is not None or masked or unknown or pairs or torch.compiler.is_compiling():
-            return text, image, self
-        states, rows, packing = [], [], []
-        for x, old, keep in ((text, self.text, self.text_keep), (image, self.image, self.image_keep)):
+        if self.packing is not None or masked or unknown or torch.compiler.is_compiling():
+            return self
+        packing, rows = [], []
+        for old, keep in ((self.text, self.text_keep), (self.image, self.image_keep)):
             lengths = old.lengths
             if lengths is None:
-                lengths = torch.full((len(x),), x.shape[1], device=x.device)
+                lengths = torch.full(keep.shape[:1], keep.shape[1], device=keep.device)
             packing.append(keep.flatten().nonzero()[:, 0])
-            states.append(x.flatten(0, 1)[packing[-1]])
             offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
             rows.append(Rows(lengths=lengths, offsets=offsets))
-        return *states, replace(self, text=rows[0], image=rows[1], packing=tuple(packing))
+        return replace(self, text=rows[0], image=rows[1], packing=tuple(packing))
 
     def padded(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         """Both streams as [B, S, C]; where counts of rows are known, the rows behind them are 0."""
@@ -193,12 +208,56 @@ class Streams:
         return tuple(states)
 
     def mean_text(self, text: Tensor) -> Tensor:
-        """Mean state over the tokens that exist, to broadcast against the region stream: [B, 1, C] or [N, C]."""
+        """Mean state over the tokens that exist, to broadcast against the region stream: [B, 1, C], [N, C], [1, C]."""
         if self.packing is not None:
-            total = text.new_zeros(len(self.text.lengths), text.shape[-1]).index_add(0, self.text.owners(), text)
-            return (total / self.text.lengths.clamp(min=1)[:, None])[self.image.owners()]
-        keep = self.text_keep[:, :, None]
-        return (text.masked_fill(~keep.bool(), 0).sum(1) / keep.sum(1).clamp(min=1))[:, None]
+            owners, counts = self.text.owners(), self.text.lengths
+        else:
+            owners = torch.arange(len(text), device=text.device).repeat_interleave(text.shape[1])
+            counts = self.text_keep.sum(1)
+            text = text.masked_fill(~self.text_keep[:, :, None].bool(), 0).flatten(0, 1)
+        # row by row, so that neither padding nor packing changes the order of the sum
+        total = text.new_zeros(len(counts), text.shape[-1]).index_add(0, owners, text)
+        mean = total / counts.clamp(min=1)[:, None]
+        if self.packing is None:
+            return mean[:, None]
+        return mean if len(mean) == 1 else mean[self.image.owners()]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Which text meets which image while the states still hold every example once.
+
+    Attributes:
+        index: [P] texts and [P] images.
+        rows: layout of the states; biases are those of the P pairs.
+        packing: where the packed rows of the pairs lie among the P * T and P * R padded ones; None: padded.
+    """
+
+    index: tuple[Tensor, Tensor]
+    rows: tuple[Rows, Rows]
+    packing: tuple[Tensor, Tensor] | None = None
+
+    def take(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """The states of every pair: [B, S, C] -> [P, S, C] or [N, C]."""
+        taken = []
+        for x, index, packing in zip((text, image), self.index, self.packing or (None, None), strict=True):
+            if packing is None:
+                taken.append(x.index_select(0, index))
+            else:
+                longest = x.shape[1]
+                taken.append(_select(x, index[packing // longest] * longest + packing % longest))
+        return tuple(taken)
+
+    def packed(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """[P, S, ...] -> [N, ...], unchanged while padded."""
+        if self.packing is None:
+            return text, image
+        return _select(text, self.packing[0]), _select(image, self.packing[1])
+
+
+def _select(x: Tensor, at: Tensor) -> Tensor:
+    """[B, S, ...] -> [N, ...], rows `at` of the B * S."""
+    return x.flatten(0, 1).index_select(0, at)
 
 
 def _rows(mask_name: str, mask: Tensor | None, lengths_name: str, lengths: Tensor | None, x: Tensor,
@@ -225,17 +284,22 @@ def self_attend(query: Tensor, key: Tensor, value: Tensor, rows: Rows, *, dropou
 
 
 def co_attend(a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor], rows_a: Rows, rows_b: Rows, *,
-              bias: Tensor | None = None, dropout_a: float = 0.0, dropout_b: float = 0.0, return_probs: bool = False):
+              bias: Tensor | None = None, dropout_a: float = 0.0, dropout_b: float = 0.0, return_probs: bool = False,
+              pairs: Pairs | None = None):
     """Both directions of attention between streams a and b.
 
     Args:
         a, b: (query, key, value) of each stream, [B, Sa, H, D] and [B, Sb, H, D], or [Na, H, D] and [Nb, H, D].
         bias: [B, 1, Sa, Sb] added to the scores of both directions, or None.
         dropout_a, dropout_b: of the queries of a over the keys of b, and the other way round.
+        pairs: which a meets which b, read by index; rows_a and rows_b are then those of the result.
 
     Returns:
         (context of a, context of b, probabilities a over b [B, H, Sa, Sb] or None, probabilities b over a or None).
     """
+    index = None, None
+    if pairs is not None:
+        (rows_a, rows_b), index = pairs.rows, pairs.index
     if rows_a.offsets is not None:
         result = co_attention_varlen(*a, *b, rows_a.offsets, rows_b.offsets, dropout_a=dropout_a, dropout_b=dropout_b)
         return result.out_a, result.out_b, None, None
@@ -245,5 +309,7 @@ def co_attend(a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor]
         bias_a = bias if bias_a is None else bias_a + bias
         bias_b = turned if bias_b is None else bias_b + turned
     result = co_attention(*a, *b, lengths_a=rows_a.lengths, lengths_b=rows_b.lengths, bias_a=bias_a, bias_b=bias_b,
-                          dropout_a=dropout_a, dropout_b=dropout_b, return_probs=return_probs)
-    return result.out_a, result.out_b, result.probs_a, result.probs_b
+                          dropout_a=dropout_a, dropout_b=dropout_b, return_probs=return_probs, pair_a=index[0],
+                          pair_b=index[1])
+    contexts = result.out_a, result.out_b
+    return *(contexts if pairs is None else pairs.packed(*contexts)), result.probs_a, result.probs_b

@@ -128,21 +128,20 @@ class Encoder(nn.Module):
 
     def forward(self, text: Tensor, image: Tensor, streams: Streams, return_probs: bool = False):
         maps = {kind: [] for kind in ("text_to_image", "image_to_text", "text", "image")}
-        if not return_probs:
-            text, image, streams = streams.packed(text, image)
         for layer in self.layer:
             text, probs = layer(text, streams.text, return_probs=return_probs)
             maps["text"].append(probs)
         for layer in self.r_layers:
             image, probs = layer(image, streams.image, return_probs=return_probs)
             maps["image"].append(probs)
-        text, image, streams = streams.paired(text, image)
-        if not return_probs:
-            text, image, streams = streams.packed(text, image)
+        text, image, streams, pairs = streams.paired(text, image, pack=not return_probs)
         for layer in self.x_layers:
-            text, image, *probs = layer(text, image, streams.text, streams.image, return_probs)
+            text, image, *probs = layer(text, image, streams.text, streams.image, return_probs, pairs)
+            pairs = None
             for found, new in zip(maps.values(), probs, strict=True):
                 found.append(new)
+        if pairs is not None:
+            text, image = pairs.take(text, image)
         return *streams.padded(text, image), maps
 
 
@@ -242,7 +241,8 @@ class LXMERT(nn.Module):
             attention_mask, image_mask: [B, T] and [B, R], 1 or True keeps a row; None: all. Masked keys get -10000,
                 as in the public code, so a fully masked text is attended to as if it were not masked.
             text_lengths, num_regions: [B] integers in place of the masks: padding at the end is left out of the
-                computation (of whole layers, unless attention maps are asked for), and the states there are 0.
+                computation (of whole layers, unless compiled or asked for attention maps), and the states there are 0.
+                Packed, padded or one by one, examples differ only where the BLAS rounds otherwise for fewer rows.
             heads: which scores to compute, None for all the model has.
             output_attentions: also return the probabilities of every attention, before dropout.
 
@@ -261,8 +261,11 @@ class LXMERT(nn.Module):
         widths = (config.visual_feat_dim, config.visual_pos_dim)
         streams = Streams.of(input_ids, image_feat, image_loc, widths, self.dtype, attention_mask, image_mask,
                              text_lengths, num_regions)
-        text = self.bert.embeddings(input_ids, token_type_ids)  # [B, T, C]
-        image = self.bert.encoder.visn_fc(image_feat.to(self.dtype), image_loc.to(self.dtype))  # [B, R, C]
+        if not output_attentions:
+            streams = streams.without_padding()
+        (text,) = streams.laid_out("text", self.bert.embeddings(input_ids, token_type_ids))  # [B, T, C]
+        feat, loc = streams.laid_out("image", image_feat.to(self.dtype), image_loc.to(self.dtype))
+        image = self.bert.encoder.visn_fc(feat, loc)  # [B, R, C], or [N, C] without padding
         text, image, maps = self.bert.encoder(text, image, streams, output_attentions)
         output = LXMERTOutput(text, image, self.bert.pooler(text))
         if output_attentions:

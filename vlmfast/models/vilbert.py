@@ -20,9 +20,9 @@ from ..layers.bert import (
     MaskedLMHead,
     MLPClassifier,
     Pooler,
+    RegionHead,
     ReluClassifier,
     TextEmbeddings,
-    Transform,
     init_bert,
 )
 from ..layers.co_attention import CoAttentionLayer
@@ -172,19 +172,16 @@ class Encoder(nn.Module):
 
     def forward(self, text: Tensor, image: Tensor, streams: Streams, return_probs: bool = False):
         config, maps = self.config, {kind: [] for kind in ("text", "vision", "text_to_image", "image_to_text")}
-        if not return_probs:
-            text, image, streams = streams.packed(text, image)
         for kind, i in config.plan():
             if kind == "co":
-                if i == 0:
-                    text, image, streams = streams.paired(text, image)
-                    if not return_probs:
-                        text, image, streams = streams.packed(text, image)
+                text, image, streams, pairs = streams.paired(text, image, pack=not return_probs)
                 if config.with_coattention:
                     text, image, *probs = self.c_layer[i](text, image, streams.text, streams.image, streams.bias,
-                                                          return_probs)
+                                                          return_probs, pairs)
                     maps["text_to_image"].append(probs[0])
                     maps["image_to_text"].append(probs[1])
+                elif pairs is not None:
+                    text, image = pairs.take(text, image)
                 continue
             fixed = i < (config.fixed_t_layer if kind == "text" else config.fixed_v_layer)
             with torch.no_grad() if fixed else nullcontext():
@@ -213,18 +210,6 @@ class Trunk(nn.Module):
         self.v_pooler = Pooler(config.v_hidden_size, config.bi_hidden_size, torch.relu)
 
 
-class RegionHead(nn.Module):
-    """Transform and Linear: class scores or features of masked regions."""
-
-    def __init__(self, config: ViLBERTConfig):
-        super().__init__()
-        self.transform = Transform(config.v_hidden_size, config.hidden_act)  # the public code takes the text's
-        self.decoder = nn.Linear(config.v_hidden_size, config.v_target_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.decoder(self.transform(x))
-
-
 class PretrainingHeads(nn.Module):
     """The three pretraining heads: the public `cls.*` keys."""
 
@@ -232,7 +217,8 @@ class PretrainingHeads(nn.Module):
         super().__init__()
         self.predictions = MaskedLMHead(config.vocab_size, config.hidden_size, config.hidden_act)
         self.bi_seq_relationship = nn.Linear(config.bi_hidden_size, 2)
-        self.imagePredictions = RegionHead(config)
+        # the public code takes the text's activation
+        self.imagePredictions = RegionHead(config.v_hidden_size, config.v_target_size, config.hidden_act)
 
 
 class ViLBERT(nn.Module):
@@ -303,7 +289,8 @@ class ViLBERT(nn.Module):
             attention_mask, image_mask: [B, T] and [B, R], 1 or True keeps a row; None: all. Masked keys get -10000,
                 as in the public code, so a fully masked text is attended to as if it were not masked.
             text_lengths, num_regions: [B] integers in place of the masks: padding at the end is left out of the
-                computation (of whole layers, unless attention maps are asked for), and the states there are 0.
+                computation (of whole layers, unless compiled or asked for attention maps), and the states there are 0.
+                Packed, padded or one by one, examples differ only where the BLAS rounds otherwise for fewer rows.
             co_attention_mask: [B, R, T] times `config.co_attention_scale` is added to the scores of both directions.
             task_ids: [B] or [B, 1] task numbers, needed by `task_specific_tokens`.
             heads: which scores to compute, None for all the model has ("binary" for even B only).
@@ -321,8 +308,11 @@ class ViLBERT(nn.Module):
         wanted = self._wanted(heads)
         streams = self._streams(input_ids, image_feat, image_loc, attention_mask, image_mask, text_lengths,
                                 num_regions, co_attention_mask=co_attention_mask)
-        text = self.bert.embeddings(input_ids, token_type_ids, task_ids)  # [B, T, C]
-        image = self.bert.v_embeddings(image_feat.to(self.dtype), image_loc.to(self.dtype))  # [B, R, Cv]
+        if not output_attentions:
+            streams = streams.without_padding()
+        (text,) = streams.laid_out("text", self.bert.embeddings(input_ids, token_type_ids, task_ids))  # [B, T, C]
+        feat, loc = streams.laid_out("image", image_feat.to(self.dtype), image_loc.to(self.dtype))
+        image = self.bert.v_embeddings(feat, loc)  # [B, R, Cv], or [N, Cv] without padding
         text, image, streams, maps = self.bert.encoder(text, image, streams, output_attentions)
         output = ViLBERTOutput(text, image, self.bert.t_pooler(text), self.bert.v_pooler(image))
         if output_attentions:
