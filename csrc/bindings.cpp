@@ -6,6 +6,7 @@
 #include <array>
 
 #include "cpu/attention.h"
+#include "cpu/decoding.h"
 #include "cpu/dispatch.h"
 #include "cpu/info_nce.h"
 #include "cpu/parallel.h"
@@ -167,10 +168,16 @@ Quantize quantize(const QuantizeSizes& sizes, const Grid& logits, const Grid& gi
           at<void>(z), at<int64_t>(indices), at<void>(lse), at<void>(plain), at<void>(expected)};
 }
 
-void quantize_bwd(const Quantize& call, Address d_z, Address mean, Address plain_mean, double gain, double kl,
-                  double plain_gain, const Grid& d_logits, Address d_codebook) {
-  cpu::quantize_bwd({call, at<void>(d_z), at<void>(mean), at<void>(plain_mean), gain, kl, plain_gain, d_logits,
-                     at<void>(d_codebook)});
+void quantize_bwd(const Quantize& call, Address d_z, Address mean_code, Address plain_code, double gain,
+                  double kl, double plain_gain, const Grid& d_logits, Address d_codebook) {
+  cpu::quantize_bwd({call, at<void>(d_z), at<void>(mean_code), at<void>(plain_code), gain, kl, plain_gain,
+                     d_logits, at<void>(d_codebook)});
+}
+
+void few_row_linear(Address x, Address weight, Address bias, Address out, int64_t rows, int64_t outputs, int64_t inputs,
+                    int64_t weight_row, bool wide, int threads) {
+  cpu::few_row_linear({at<void>(x), at<void>(weight), at<void>(bias), at<void>(out), rows, outputs, inputs, weight_row,
+                       wide, threads});
 }
 
 void encode_indices(const QuantizeSizes& sizes, const Grid& features, Address weight, Address bias, bool wide,
@@ -234,6 +241,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("quantize_fwd", &cpu::quantize_fwd, no_gil);
   m.def("quantize_bwd", &quantize_bwd, no_gil);
   m.def("encode_indices", &encode_indices, no_gil);
+  m.def("few_row_linear", &few_row_linear, no_gil);
   m.def("gumbel_noise", &gumbel_noise, no_gil);
 
   m.def("use_openmp", &use_openmp);

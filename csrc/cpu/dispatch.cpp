@@ -6,6 +6,7 @@
 #include <string>
 
 #include "attention.h"
+#include "decoding.h"
 #include "info_nce.h"
 #include "quantize.h"
 
@@ -89,5 +90,7 @@ void encode_indices(const Encode& call) { VLMFAST_DISPATCH(encode_indices(call))
 void gumbel_noise(int64_t rows, int64_t vocabulary, uint64_t seed, uint64_t offset, bool wide, void* to, int threads) {
   VLMFAST_DISPATCH(gumbel_noise(rows, vocabulary, seed, offset, wide, to, threads))
 }
+
+void few_row_linear(const Linear& call) { VLMFAST_DISPATCH(few_row_linear(call)) }
 
 }  // namespace vlmfast::cpu

@@ -163,10 +163,10 @@ class Forward {
       if (c.lse) static_cast<T*>(c.lse)[n + i] = own.s.top[i] + std::log(own.s.sum[i]);
       if (c.plain) {
         static_cast<T*>(c.plain)[n + i] = own.l.top[i] + std::log(own.l.sum[i]);
-        static_cast<T*>(c.expected)[n + i] = own.l.weighted[i] / own.l.sum[i];
+        static_cast<T*>(c.expected)[n + i] = own.l.sum[i] == 0 ? T(0) : own.l.weighted[i] / own.l.sum[i];
       }
       if (!z) continue;
-      T share = 1 / own.s.sum[i];
+      T share = own.s.sum[i] == 0 ? T(0) : 1 / own.s.sum[i];  // every entry may be -inf
       for (int64_t e = 0; e < c.width; ++e) z[(n + i) * c.width + e] = share * own.sums[i * codes.padded + e];
     }
   }

@@ -34,7 +34,7 @@ struct Quantize {
 struct QuantizeBackward {
   Quantize call;                                // lse, plain and expected are inputs now, indices too
   const void *d_z = nullptr;                    // T [N, D]
-  const void *mean = nullptr, *plain_mean = nullptr;  // T [N]
+  const void *mean_code = nullptr, *plain_code = nullptr;  // T [N, D], means of the codes
   double gain = 1, kl = 0, plain_gain = 0;
   Grid d_logits;                                // of the logits' type
   void* d_codebook = nullptr;                   // T [V, D]

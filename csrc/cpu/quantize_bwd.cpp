@@ -1,6 +1,7 @@
 // Gradients of relaxed quantization. With x = dz C^T, y = exp(s - lse) from the same noise and q = exp(l - plain):
 //   dl = gain y (x - mean) + q (kl (l - expected) - plain_gain (x - plain_mean)), (x - mean) more at the chosen entry,
-//   dC = y^T dz.
+//   dC = y^T dz,
+// the means being those of x, dz times the mean code.
 // A thread owns a range of the vocabulary and walks over all positions: no sum crosses threads.
 #include "quantize_tiles.h"
 
@@ -16,7 +17,8 @@ class Backward {
   const QuantizeBackward& g;
   const Quantize& c;
   int64_t entries_each, blocks, padded;
-  T *rows, *columns;  // dz of each block as the B operand over positions, and over the width
+  T *rows, *columns;       // dz of each block as the B operand over positions, and over the width
+  T *means, *plain_means;  // [N]
 
  public:
   struct Buffers {
@@ -32,7 +34,11 @@ class Backward {
         padded(Panels<T>::padded(c.width)) {}
 
   int64_t pieces() const { return ceil_div(c.vocabulary, entries_each); }
-  int64_t shared_count() const { return c.batch * blocks * ld * (padded + c.width); }
+  int64_t shared_space() const {
+    return Scratch::space(c.batch * blocks * ld * padded, sizeof(T)) +
+           Scratch::space(c.batch * blocks * ld * c.width, sizeof(T)) +
+           2 * Scratch::space(c.batch * c.positions, sizeof(T));
+  }
   static int64_t space(const Quantize& c) {
     return 4 * Scratch::space(tile_entries * ld, sizeof(T)) +
            Scratch::space(tile_entries * Panels<T>::padded(c.width), sizeof(T)) +
@@ -48,6 +54,8 @@ class Backward {
   void take_shared(Scratch& scratch) {
     rows = scratch.take<T>(c.batch * blocks * ld * padded);
     columns = scratch.take<T>(c.batch * blocks * ld * c.width);
+    means = scratch.take<T>(c.batch * c.positions);
+    plain_means = scratch.take<T>(c.batch * c.positions);
   }
 
   void pack(const Team& team, Buffers& own) const {
@@ -58,6 +66,10 @@ class Backward {
       };
       Panels<T>::pack_columns(row_at, Plain<T>::stored, count, c.width, columns + block * ld * c.width, own.square);
       Panels<T>::pack_rows(row_at, Plain<T>::stored, count, c.width, rows + block * ld * padded, nullptr);
+      for (int64_t n = first; n < first + count; ++n) {
+        if (g.mean_code) means[n] = with_code(g.mean_code, n);
+        if (g.plain_code) plain_means[n] = with_code(g.plain_code, n);
+      }
     }
   }
 
@@ -96,6 +108,24 @@ class Backward {
     return {block / blocks * c.positions + p0, std::min(tile_positions, c.positions - p0)};
   }
 
+  // a b + c rounded as in the products; a plain loop is vectorised with two roundings.
+  static T fused(T a, T b, T c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return std::fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+  }
+
+  // dz times a code, summed one by one as the product dz C^T is: a sure choice, whose mean code is its own, then has a
+  // gradient of 0 and not of rounding errors, which a small tau would blow up.
+  T with_code(const void* codes, int64_t n) const {
+    const T *up = static_cast<const T*>(g.d_z) + n * c.width, *code = static_cast<const T*>(codes) + n * c.width;
+    T sum = 0;
+    for (int64_t e = 0; e < c.width; ++e) sum = fused(code[e], up[e], sum);
+    return sum;
+  }
+
   // Vector of one number a position; lanes behind the last are 0.
   static V lanes_of(const void* values, int64_t first, int64_t i, int64_t count) {
     V result{};
@@ -105,9 +135,12 @@ class Backward {
     return result;
   }
 
+  // A position whose entries are all -inf has a log-sum-exp of -inf, and weights of 0.
+  static V finite(V norm) { return norm == -std::numeric_limits<T>::infinity() ? V{} : norm; }
+
   void weights(T* s, const T* lse, int64_t count, int64_t entries) const {
     for (int64_t i = 0; i < count; i += lanes) {
-      V norm = lanes_of(lse, 0, i, count);
+      V norm = finite(lanes_of(lse, 0, i, count));
       for (int64_t v = 0; v < entries; ++v)
         store(s + v * ld + i, V(exp_of_difference<T>(load(s + v * ld + i) - norm)));
       // positions behind the last weigh nothing in the codebook's gradient
@@ -121,10 +154,10 @@ class Backward {
   void logit_gradients(Buffers& own, int64_t first, int64_t count, int64_t v0, int64_t entries) const {
     T gain = T(g.gain), kl = T(g.kl), plain_gain = T(g.plain_gain);
     for (int64_t i = 0; i < count; i += lanes) {
-      V mean = g.d_z ? lanes_of(g.mean, first, i, count) : V{}, plain{}, expected{}, plain_mean{};
-      if (kl != 0 || plain_gain != 0) plain = lanes_of(c.plain, first, i, count);
+      V mean = g.d_z ? lanes_of(means, first, i, count) : V{}, plain{}, expected{}, plain_mean{};
+      if (kl != 0 || plain_gain != 0) plain = finite(lanes_of(c.plain, first, i, count));
       if (kl != 0) expected = lanes_of(c.expected, first, i, count);
-      if (plain_gain != 0) plain_mean = lanes_of(g.plain_mean, first, i, count);
+      if (plain_gain != 0) plain_mean = lanes_of(plain_means, first, i, count);
       for (int64_t v = 0; v < entries; ++v) {
         int64_t at = v * ld + i;
         V x = g.d_z ? load(own.x + at) : V{}, d = gain * load(own.scores + at) * (x - mean);
@@ -138,7 +171,8 @@ class Backward {
       if (g.call.indices && g.d_z)
         for (int64_t l = 0; l < std::min(lanes, count - i); ++l) {
           int64_t v = c.indices[first + i + l] - v0;
-          if (v >= 0 && v < entries) own.given[v * ld + i + l] += own.x[v * ld + i + l] - mean[l];
+          bool chosen = v >= 0 && v < entries && !std::isinf(own.logits[v * ld + i + l]);
+          if (chosen) own.given[v * ld + i + l] += own.x[v * ld + i + l] - mean[l];
         }
     }
     std::swap(own.x, own.given);
@@ -151,8 +185,7 @@ void backward(const QuantizeBackward& g) {
   Backward<T> kernel(g);
   double work = double(c.batch * c.positions) * double(c.vocabulary) * double(60 + 2 * c.width);
   int threads = threads_for(work, kernel.pieces(), c.threads);
-  Scratch scratch((g.d_z ? Scratch::space(kernel.shared_count(), sizeof(T)) + 128 : 0) +
-                  threads * Backward<T>::space(c));
+  Scratch scratch((g.d_z ? kernel.shared_space() : 0) + threads * Backward<T>::space(c));
   if (g.d_z) kernel.take_shared(scratch);
   std::vector<typename Backward<T>::Buffers> own;
   for (int t = 0; t < threads; ++t) own.push_back(kernel.take(scratch));

@@ -18,7 +18,7 @@ class Gumbel {
   static constexpr int lanes = Simd<T>::lanes;
   static constexpr uint32_t stream = 0x67756D62u;
   uint64_t seed_;
-  Words low_{}, high_{};
+  Words low_, high_;
 
   // -log(-log(1 - u)) of u = (word + 1/2) / 2^32, with 1 - u itself counted from the other end beyond a half.
   static Vec<T> from_words(Words words) {
@@ -33,7 +33,9 @@ class Gumbel {
 
  public:
   Gumbel(uint64_t seed, uint64_t row) : seed_(seed) {
-    for (int l = 0; l < lanes; ++l) low_[l] = uint32_t(row + uint64_t(l)), high_[l] = uint32_t((row + uint64_t(l)) >> 32);
+    uint32_t low[lanes], high[lanes];
+    for (int l = 0; l < lanes; ++l) low[l] = uint32_t(row + uint64_t(l)), high[l] = uint32_t((row + uint64_t(l)) >> 32);
+    memcpy(&low_, low, sizeof low), memcpy(&high_, high, sizeof high);
   }
   // Entries 4 four, .. 4 four + 3 of the rows.
   void draw(uint32_t four, Vec<T>* noise) const {

@@ -26,7 +26,8 @@ def table():
 def test_every_kernel_compiles_without_spills(table):
     assert re.search(r"^(\d+) compiled, 0 failed$", table, re.MULTILINE)
     for kernel in ("info_nce_fwd_kernel", "info_nce_fwd_merge_kernel", "info_nce_bwd_lines_kernel",
-                   "info_nce_bwd_logits_kernel", "siglip_logits_kernel"):
+                   "info_nce_bwd_logits_kernel", "siglip_logits_kernel", "quantize_fwd_kernel", "quantize_bwd_kernel",
+                   "gumbel_noise_kernel"):
         for arch in ARCHITECTURES:
             assert re.search(rf"^{kernel} .* {arch} +\d+ +0 ", table, re.MULTILINE), f"{kernel} sm_{arch}"
 

@@ -1,4 +1,4 @@
-"""Read public CLIP, ViLBERT and LXMERT checkpoints into vlmfast models and write them back."""
+"""Read public CLIP, ViLBERT, LXMERT and discrete VAE checkpoints into vlmfast models and write them back."""
 
 from .files import UnsafePickleError
 from .loading import detect_format, load

@@ -8,15 +8,43 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.clip import CLIP, CLIPConfig
+from ..models.dalle import DALLE
+from ..models.dalle_mini import DALLEMini
+from ..models.dvae import DVAE, DiscreteVAE
 from ..models.lxmert import LXMERT
 from ..models.vilbert import ViLBERT
-from . import huggingface, lxmert, open_clip, openai, vilbert
+from ..models.vqgan import VQGAN
+from . import dalle, dalle_mini, dvae, huggingface, lxmert, open_clip, openai, vilbert, vqgan
 from .files import is_zip, key_bytes, open_zip, read_json
 from .state import check_shapes, common_dtype, report_keys
 
 _FORMATS = {"openai": openai, "open_clip": open_clip, "huggingface": huggingface}
-_TWO_STREAM = {"vilbert": vilbert, "lxmert": lxmert}
-_TELLING_KEYS = {b"encoder.c_layer.": "vilbert", b"encoder.x_layers.": "lxmert"}
+# readers that build their model themselves
+_READERS = {
+    "vilbert": vilbert.load,
+    "lxmert": lxmert.load,
+    "openai-dvae": dvae.load_openai,
+    "flava": dvae.load_flava,
+    "dalle-pytorch-vae": dvae.load_dalle_pytorch,
+    "taming": vqgan.load_taming,
+    "min-dalle-vqgan": vqgan.load_min_dalle,
+    "dalle-pytorch": dalle.load,
+    "min-dalle": dalle_mini.load,
+}
+_MODEL_TYPES = {"vilbert": "vilbert", "lxmert": "lxmert", dvae.DVAE_TYPE: "openai-dvae", dvae.FLAVA_TYPE: "flava",
+                dvae.DISCRETE_TYPE: "dalle-pytorch-vae", vqgan.MODEL_TYPE: "taming",
+                dalle.MODEL_TYPE: "dalle-pytorch", dalle_mini.MODEL_TYPE: "min-dalle"}
+# the first that the names in a file contain decides
+_TELLING_KEYS = {
+    b".fn.to_qkv.weight": "dalle-pytorch",  # its own discrete VAE may lie in the same file
+    b"encoder.c_layer.": "vilbert",
+    b"encoder.x_layers.": "lxmert",
+    b"blocks.group_1.group.block_1.": "flava",
+    b"blocks.group_1.block_1.": "openai-dvae",
+    b"dall_e.encoder": "openai-dvae",
+    b"decoder.up.0.block.0.": "taming",
+    b"encoder.0.0.weight": "dalle-pytorch-vae",
+}
 _BPE_NAME = "bpe_simple_vocab_16e6.txt.gz"
 
 
@@ -33,7 +61,11 @@ def detect_format(path: str | Path) -> str:
         if "config.json" in names and names & set(huggingface.WEIGHT_NAMES):
             content = read_json(path / "config.json")
             kind = "vilbert" if "v_biattention_id" in content else content.get("model_type")
-            return kind if kind in _TWO_STREAM else "huggingface"
+            return _MODEL_TYPES.get(kind, "huggingface")
+        if dvae.PICKLES[0] in names:
+            return "openai-dvae"
+        if all(names & set(choices) for choices in dalle_mini.SIDES.values()):
+            return "min-dalle"
         if names & {open_clip.CONFIG_NAME, *open_clip.WEIGHT_NAMES}:
             return "open_clip"
         raise ValueError(
@@ -45,7 +77,7 @@ def detect_format(path: str | Path) -> str:
     head = key_bytes(path)
     for key, kind in _TELLING_KEYS.items():
         if key in head:
-            return kind
+            return "min-dalle-vqgan" if kind == "taming" and b"quantize." not in head else kind
     if path.name in huggingface.WEIGHT_NAMES and (path.parent / "config.json").is_file():
         return "huggingface"
     if path.suffix == ".safetensors":
@@ -65,22 +97,27 @@ def detect_format(path: str | Path) -> str:
 
 def load(
     path: str | Path,
+    *parts: str | Path,
     format: str | None = None,
-    *,
     strict: bool = True,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     image_size: int | None = None,
     quick_gelu: bool | None = None,
     config=None,
-) -> CLIP | ViLBERT | LXMERT:
+) -> CLIP | ViLBERT | LXMERT | DVAE | DiscreteVAE | VQGAN | DALLE | DALLEMini:
     """A model in evaluation mode from a public or own checkpoint. No code in the file is executed.
 
     Args:
         path: CLIP: OpenAI TorchScript `.pt`; open_clip `.pt`, `.bin`, `.safetensors` or folder; Hugging Face folder.
             ViLBERT: the authors' `.bin`, or a folder with it and config.json. LXMERT: the authors' `.pth`, or a
-            Hugging Face folder.
-        format: "openai", "open_clip", "huggingface", "vilbert", "lxmert", or None to detect it. "vlmfast" is a folder
+            Hugging Face folder. Discrete VAEs: OpenAI's encoder.pkl; a Hugging Face FlavaImageCodebook;
+            DALLE-pytorch's vae.pt; taming-transformers' `.ckpt`; min-dalle's detoker.pt. DALL-E: DALLE-pytorch's
+            dalle.pt. DALL-E mini and mega: min-dalle's folder with encoder.pt and decoder.pt.
+        parts: further files of the same model: OpenAI's decoder.pkl, without which its dVAE only encodes. The format
+            may also stand last among them.
+        format: "openai", "open_clip", "huggingface", "vilbert", "lxmert", "openai-dvae", "flava", "dalle-pytorch-vae",
+            "taming", "min-dalle-vqgan", "dalle-pytorch", "min-dalle", or None to detect it. "vlmfast" is a folder
             written by `save_pretrained`, in any layout.
         strict: raise on missing and unknown keys. False warns instead; missing tensors keep their initial values.
         device: where the model goes.
@@ -88,12 +125,12 @@ def load(
         image_size: pixels; another one than stored resizes the position grid (bicubic, antialiased).
         quick_gelu: overrides the activation. Needed for bare open_clip state dicts of GELU models, which do not
             store it: they default to QuickGELU, with a warning.
-        config: of ViLBERT and LXMERT files that have none beside them: a path to the JSON file, its content or a
-            config object. Without it sizes come from the tensors, and head counts are those of the public models.
+        config: of files that have none beside them, CLIP's excepted: a path to the JSON file, its content or a config
+            object. Without it sizes come from the tensors, and what they do not tell is that of the public models.
 
     Returns:
-        The model. A CLIP's `model.preprocess` is its ImagePreprocess, `model.tokenizer` a CLIPTokenizer when
-        vocabulary files lie beside the checkpoint, else None.
+        The model. A CLIP's and a discrete VAE's `model.preprocess` is its ImagePreprocess, a CLIP's `model.tokenizer`
+        a CLIPTokenizer when vocabulary files lie beside the checkpoint, else None.
 
     Raises:
         FileNotFoundError: no such file, or one that belongs to the checkpoint is absent.
@@ -101,23 +138,28 @@ def load(
         ValueError: unknown format, damaged file, missing or unknown keys, shapes that do not fit the config, an
             argument of another model.
     """
-    path = Path(path)
+    if parts and format is None and _is_format(parts[-1]):
+        *parts, format = parts
+    path, parts = Path(path), [Path(part) for part in parts]
     if format in (None, "vlmfast") or not path.exists():
         format = detect_format(path)
     elif format == "huggingface" and (path / "config.json").is_file():
-        format = "lxmert" if read_json(path / "config.json").get("model_type") == "lxmert" else format
-    if format in _TWO_STREAM:
+        kind = _MODEL_TYPES.get(read_json(path / "config.json").get("model_type"), format)
+        format = kind if kind in ("lxmert", "flava") else format
+    if parts and format != "openai-dvae":
+        raise ValueError(f"load: {len(parts) + 1} files, must be one: {path} is {format}, only an openai-dvae has two")
+    if format in _READERS:
         if image_size is not None or quick_gelu is not None:
             raise ValueError(f"load: image_size and quick_gelu belong to CLIP, {path} is {format}")
         try:
-            return _TWO_STREAM[format].load(path, config=config, strict=strict, device=device, dtype=dtype)
+            return _READERS[format](path, *parts, config=config, strict=strict, device=device, dtype=dtype)
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path}: a setting has the wrong type ({error})") from error
     if format not in _FORMATS:
-        formats = ", ".join([*_FORMATS, "vlmfast", *_TWO_STREAM])
+        formats = ", ".join([*_FORMATS, "vlmfast", *_READERS])
         raise ValueError(f"load: format is {format!r}, must be one of {formats}")
     if config is not None:
-        raise ValueError(f"load: config belongs to ViLBERT and LXMERT, {path} is {format}")
+        raise ValueError(f"load: config belongs to ViLBERT and LXMERT, discrete VAEs and DALL-E; {path} is {format}")
     source = _FORMATS[format]
     try:
         values, state = source.read(path)
@@ -159,6 +201,12 @@ def load(
     model.preprocess = preprocess
     model.tokenizer = _tokenizer(folder, config)
     return model
+
+
+def _is_format(part) -> bool:
+    """Whether a positional argument of `load` is a format, known or not, and no file: files have a suffix."""
+    return part is None or isinstance(part, str) and (part in (*_FORMATS, *_READERS, "vlmfast") or
+                                                      not Path(part).suffix and not Path(part).exists())
 
 
 def _preprocess(source, folder: Path, image_size: int):

@@ -4,38 +4,51 @@ import json
 from pathlib import Path
 
 from ..models.clip import CLIP
+from ..models.dalle import DALLE
+from ..models.dalle_mini import DALLEMini
+from ..models.dvae import DVAE, DiscreteVAE
 from ..models.lxmert import LXMERT
 from ..models.vilbert import ViLBERT
-from . import huggingface, lxmert, open_clip, vilbert
+from ..models.vqgan import VQGAN
+from . import dalle, dalle_mini, dvae, huggingface, lxmert, open_clip, vilbert, vqgan
 from .files import atomic_folder
 
-_TWO_STREAM = {ViLBERT: ("vilbert", vilbert), LXMERT: ("huggingface", lxmert)}
+# each writer returns the layout, or leaves it to the name here
+_WRITERS = {ViLBERT: ("vilbert", vilbert.save), LXMERT: ("huggingface", lxmert.save), DVAE: (None, dvae.save),
+            DiscreteVAE: (None, dvae.save), VQGAN: (None, vqgan.save),
+            DALLE: ("dalle", dalle.save), DALLEMini: ("dalle-mini", dalle_mini.save)}
 
 
-def save_pretrained(model: CLIP | ViLBERT | LXMERT, folder: str | Path) -> str:
+def save_pretrained(model: CLIP | ViLBERT | LXMERT | DVAE | DiscreteVAE | VQGAN, folder: str | Path) -> str:
     """Write a model with its sizes, activation, preprocessing and (if `model.tokenizer` is set) vocabulary.
 
     ViLBERT is written as the authors' pytorch_model.bin with config.json, LXMERT as transformers' config.json and
-    model.safetensors. CLIP's layout is Hugging Face's CLIPModel: config.json, model.safetensors,
-    preprocessor_config.json. What that cannot hold (ResNet towers, a logit bias, images padded to a square) is written
-    in open_clip's layout instead: open_clip_config.json, open_clip_model.safetensors. Files are written under a
-    temporary name and then renamed.
+    model.safetensors, a DVAE without decoder as transformers' FlavaImageCodebook. The other discrete VAEs have a
+    config.json of their own and their public keys in model.safetensors. CLIP's layout is Hugging Face's CLIPModel:
+    config.json, model.safetensors, preprocessor_config.json. What that cannot hold (ResNet towers, a logit bias,
+    images padded to a square) is written in open_clip's layout instead: open_clip_config.json,
+    open_clip_model.safetensors. Files are written under a temporary name and then renamed.
     Preprocessing is `model.preprocess` without its random part, or CLIP's own with the config's mean and std.
 
     Returns:
-        The layout written, "huggingface", "open_clip" or "vilbert".
+        The layout written: "huggingface", "open_clip", "vilbert", "dvae", "discrete_vae", "flava_image_codebook",
+        "vqgan", "dalle" or "dalle-mini".
 
     Raises:
         TypeError: not one of these models.
         FileExistsError: the folder holds a checkpoint in the other layout.
     """
-    for kind, (layout, source) in _TWO_STREAM.items():
+    for kind, (layout, save) in _WRITERS.items():
         if isinstance(model, kind):
             with atomic_folder(Path(folder)) as stage:
-                source.save(model, stage)
-            return layout
+                written = save(model, stage)
+            if getattr(model, "vae", None) is not None:
+                save_pretrained(model.vae, Path(folder) / dalle.VAE_FOLDER)
+            return layout or written
     if not isinstance(model, CLIP):
-        raise TypeError(f"save_pretrained: model is a {type(model).__name__}, must be a CLIP, ViLBERT or LXMERT")
+        kinds = ", ".join(["CLIP", *(kind.__name__ for kind in _WRITERS)][:-1])
+        last = list(_WRITERS)[-1].__name__
+        raise TypeError(f"save_pretrained: model is a {type(model).__name__}, must be a {kinds} or {last}")
     from safetensors.torch import save_file
 
     from ..data.images import ImagePreprocess

@@ -7,7 +7,7 @@ import sys
 
 from ..version import __version__
 
-COMMANDS = ("info", "demo", "train", "retrieve")
+COMMANDS = ("info", "demo", "train", "generate", "retrieve")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,9 +1,9 @@
 """`vlmfast train MODEL`: one sub-command for each family of models."""
 
-from . import train_clip
+from . import train_clip, train_dalle, train_dvae
 
 HELP = "train a model on your own pairs"
-FAMILIES = {"clip": train_clip}
+FAMILIES = {"clip": train_clip, "dvae": train_dvae, "dalle": train_dalle}
 
 
 def add_arguments(parser, common) -> None:

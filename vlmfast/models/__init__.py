@@ -6,27 +6,49 @@ from functools import partial
 
 from torch import nn
 
-from . import clip, lxmert, vilbert
+from . import clip, dalle, dalle_mini, dvae, lxmert, vilbert, vqgan
 from .clip import CLIP, CLIPConfig, CLIPOutput
+from .codes import VAEOutput
+from .dalle import DALLE, DALLEConfig, DALLEOutput
+from .dalle_mini import DALLEMini, DALLEMiniConfig, DALLEMiniOutput
+from .dvae import DVAE, DiscreteVAE, DiscreteVAEConfig, DVAEConfig
 from .lxmert import LXMERT, LXMERTConfig, LXMERTOutput
 from .vilbert import ViLBERT, ViLBERTConfig, ViLBERTOutput
+from .vqgan import VQGAN, VQGANConfig
 
 __all__ = [
     "CLIP",
     "CLIPConfig",
     "CLIPOutput",
+    "DALLE",
+    "DALLEConfig",
+    "DALLEMini",
+    "DALLEMiniConfig",
+    "DALLEMiniOutput",
+    "DALLEOutput",
+    "DVAE",
+    "DVAEConfig",
+    "DiscreteVAE",
+    "DiscreteVAEConfig",
     "LXMERT",
     "LXMERTConfig",
     "LXMERTOutput",
+    "VAEOutput",
+    "VQGAN",
+    "VQGANConfig",
     "ViLBERT",
     "ViLBERTConfig",
     "ViLBERTOutput",
     "clip",
     "create",
+    "dalle",
+    "dalle_mini",
+    "dvae",
     "list_models",
     "lxmert",
     "register",
     "vilbert",
+    "vqgan",
 ]
 
 _builders: dict[str, Callable[..., nn.Module]] = {}
@@ -67,6 +89,6 @@ def create(name: str, **overrides) -> nn.Module:
     return builder(**overrides)
 
 
-for _module in (clip, vilbert, lxmert):
+for _module in (clip, vilbert, lxmert, dvae, vqgan, dalle, dalle_mini):
     for _name in _module.PRESETS:
         register(_name, partial(_module.build, _name))

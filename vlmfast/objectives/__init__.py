@@ -1,8 +1,10 @@
-"""Pretraining losses: contrastive ones as modules, those of the BERT-like models as functions."""
+"""Pretraining losses: contrastive ones as modules, those of the BERT-like models and discrete VAEs as functions."""
 
-from vlmfast.objectives import bert_like
+from vlmfast.objectives import bert_like, variational
 from vlmfast.objectives.bert_like import PretrainingLoss, lxmert_pretraining_loss, vilbert_pretraining_loss
 from vlmfast.objectives.contrastive import AlignLoss, ClipLoss, InfoNCE, SigLipLoss, UniCLLoss, fill_web_labels
+from vlmfast.objectives.variational import Annealing, VariationalLoss, dalle_loss, discrete_vae_loss, logit_laplace_loss
 
-__all__ = ["AlignLoss", "ClipLoss", "InfoNCE", "PretrainingLoss", "SigLipLoss", "UniCLLoss", "bert_like",
-           "fill_web_labels", "lxmert_pretraining_loss", "vilbert_pretraining_loss"]
+__all__ = ["AlignLoss", "Annealing", "ClipLoss", "InfoNCE", "PretrainingLoss", "SigLipLoss", "UniCLLoss",
+           "VariationalLoss", "bert_like", "dalle_loss", "discrete_vae_loss", "fill_web_labels", "logit_laplace_loss",
+           "lxmert_pretraining_loss", "variational", "vilbert_pretraining_loss"]

@@ -38,43 +38,58 @@ def gumbel_noise(count: int, vocabulary: int, seed, offset: int = 0, device=None
 
 
 def forward(logits: Tensor, codebook: Tensor, noise: Tensor | None, tau: float, want_z: bool, want_kl: bool):
-    """(z [N, D] or None, indices [N], lse of s [N], lse of l [N] or None, sum of q l [N] or None), at least float32."""
+    """(z [N, D] or None, indices [N], lse of s [N], lse of l [N] or None, sum of q l [N] or None), at least float32.
+
+    An entry of -inf has no weight; without any other entry all weights are 0, the log-sum-exp is -inf and the index 0.
+    """
     wide = torch.promote_types(logits.dtype, torch.float32)
-    l = logits.to(wide)
-    s = (l if noise is None else l + noise.to(wide)) / tau
+    logits = logits.to(wide)
+    s = (logits if noise is None else logits + noise.to(wide)) / tau
     lse = s.logsumexp(-1)
-    z = (s - lse[:, None]).exp() @ codebook.to(wide) if want_z else None
+    z = _weights(s, lse) @ codebook.to(wide) if want_z else None
     if not want_kl:
         return z, s.argmax(-1), lse, None, None
-    plain = l.logsumexp(-1)
-    return z, s.argmax(-1), lse, plain, ((l - plain[:, None]).exp() * l).sum(-1)
+    plain = logits.logsumexp(-1)
+    return z, s.argmax(-1), lse, plain, (_weights(logits, plain) * _left_out_as_zero(logits)).sum(-1)
+
+
+def _weights(s: Tensor, lse: Tensor) -> Tensor:
+    return (s - _left_out_as_zero(lse)[:, None]).exp()
+
+
+def _left_out_as_zero(x: Tensor) -> Tensor:
+    return x.masked_fill(x == -torch.inf, 0.0)
 
 
 def backward(logits: Tensor, codebook: Tensor, noise: Tensor | None, tau: float, d_z: Tensor, gain: float, lse: Tensor,
-             mean: Tensor, plain: Tensor | None, expected: Tensor | None, kl: float, plain_gain: float,
-             plain_mean: Tensor | None, indices: Tensor | None, want_codebook: bool):
+             plain: Tensor | None, expected: Tensor | None, kl: float, plain_gain: float, indices: Tensor | None,
+             want_codebook: bool):
     """(d_logits [N, V], d_codebook [V, D] or None).
 
-    With x = d_z C^T, y = exp(s - lse), q = exp(l - plain):
-    d_logits = gain y (x - mean) + q (kl (l - expected) - plain_gain (x - plain_mean)), and x - mean more at `indices`;
-    d_codebook = y^T d_z.
+    With x = d_z C^T, y = exp(s - lse), q = exp(l - plain), <p, x> = sum p x and m = <y, x>:
+    d_logits = gain y (x - m) + q (kl (l - expected) - plain_gain (x - <q, x>)). With `indices`, m is the mean of <y, x>
+    and of the x there, and x - m is added there. d_codebook = y^T d_z.
     """
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    l, d_z = logits.to(wide), d_z.to(wide)
-    s = (l if noise is None else l + noise.to(wide)) / tau
-    y = (s - lse[:, None]).exp()
+    dtype, wide = logits.dtype, torch.promote_types(logits.dtype, torch.float32)
+    logits, d_z = logits.to(wide), d_z.to(wide)
+    s = (logits if noise is None else logits + noise.to(wide)) / tau
+    y = _weights(s, lse)
     x = d_z @ codebook.to(wide).T
-    d_logits = gain * y * (x - mean[:, None])
-    if plain is not None:
-        q = (l - plain[:, None]).exp()
-        if kl:
-            d_logits = d_logits + q * kl * (l - expected[:, None])
-        if plain_gain:
-            d_logits = d_logits - q * plain_gain * (x - plain_mean[:, None])
+    mean = (y * x).sum(-1, keepdim=True)
     if indices is not None:
         at = indices[:, None]
-        d_logits = d_logits.scatter_add(1, at, x.gather(1, at) - mean[:, None])
-    return d_logits.to(logits.dtype), y.T @ d_z if want_codebook else None
+        x_at = x.gather(1, at)
+        mean = (mean + x_at) / 2
+    d_logits = gain * y * (x - mean)
+    if indices is not None:
+        d_logits = d_logits.scatter_add(1, at, (x_at - mean).masked_fill(logits.gather(1, at) == -torch.inf, 0.0))
+    if plain is not None:
+        q = _weights(logits, plain)
+        if kl:
+            d_logits = d_logits + q * kl * (_left_out_as_zero(logits) - expected[:, None])
+        if plain_gain:
+            d_logits = d_logits - q * plain_gain * (x - (q * x).sum(-1, keepdim=True))
+    return d_logits.to(dtype), y.T @ d_z if want_codebook else None
 
 
 def encode_indices(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
