@@ -42,10 +42,10 @@ sanitize: $(VENV)/tested
 
 # every Triton kernel to machine code for sm_80, sm_90 and sm_100; fails on a register spill
 aot: $(VENV)/tested
-	$(BIN)/python -m vlmfast.kernels.aot
+	$(BIN)/python -m vlmfast.kernels.aot --jobs 2
 
 bench: $(VENV)/tested
-	$(BIN)/python -m bench info_nce
+	for family in info_nce attention alignment quantize two_stream decoding; do $(BIN)/python -m bench $$family || exit 1; done
 
 wheel: $(VENV)/tested
 	$(BIN)/python -m build --wheel --no-isolation

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 
+#include "cpu/alignment.h"
 #include "cpu/attention.h"
 #include "cpu/decoding.h"
 #include "cpu/dispatch.h"
@@ -58,6 +59,14 @@ int siglip(const Pairs& p, Address row_weight, int64_t row_weight_stride, Addres
            Address d_image, Address d_text, int gradient_dtype, Address d_scale, Address d_bias) {
   return cpu::siglip({p, at<void>(row_weight), row_weight_stride, at<void>(row_loss), at<void>(d_image),
                       at<void>(d_text), DType(gradient_dtype), at<void>(d_scale), at<void>(d_bias)});
+}
+
+// sizes are B, N, M and the strides of cost's batch and rows
+int ipot(Address cost, int dtype, const std::array<int64_t, 5>& sizes, Address lengths_x, Address lengths_y,
+         Address mask_x, Address mask_y, double beta, int64_t iterations, int64_t k, Address plan, int threads) {
+  return cpu::ipot({at<void>(cost), DType(dtype), sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],
+                    at<int64_t>(lengths_x), at<int64_t>(lengths_y), at<uint8_t>(mask_x), at<uint8_t>(mask_y), beta,
+                    iterations, k, at<void>(plan), threads});
 }
 
 // Strides of [B, S, H, D], or of packed [N, H, D].
@@ -210,6 +219,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("info_nce_fwd", &info_nce_fwd, no_gil);
   m.def("info_nce_bwd", &info_nce_bwd, no_gil);
   m.def("siglip", &siglip, no_gil);
+  m.def("ipot", &ipot, no_gil);
 
   py::class_<Plane>(m, "Plane").def(
       py::init([](Address address, int64_t batch, int64_t head, int64_t row, int64_t column) {

@@ -27,8 +27,10 @@ class Variant(NamedTuple):
 
     label: str
     kernel: object
-    types: Mapping[str, str]  # argument: Triton type; every argument not listed is a float32 pointer
-    aligned: Collection[str]  # integers divisible by 16 (pointers always are)
+    # argument: Triton type, or a named tuple of types, of None for what is left out and of integers for known values;
+    # every argument not listed is a float32 pointer
+    types: Mapping[str, str | tuple[str | int | None, ...]]
+    aligned: Collection[str]  # integers (fields of a tuple too) divisible by 16 (pointers always are)
     constants: Mapping[str, object]
     options: Mapping[str, int]
 
@@ -58,13 +60,23 @@ def compile_variant(family: str, index: int, arch: int) -> Usage:
     from triton.compiler import ASTSource
 
     variant = _variants(family, arch)[index]
-    names = variant.kernel.arg_names
-    signature = {name: "constexpr" if name in variant.constants else variant.types.get(name, "*fp32") for name in names}
-    attributes = {(position,): [["tt.divisibility", 16]] for position, name in enumerate(names)
-                  if signature[name].startswith("*") or name in variant.aligned}
+    signature, constants, attributes = {}, {}, {}
+    for position, name in enumerate(variant.kernel.arg_names):
+        kind = variant.types.get(name, "*fp32")
+        if name in variant.constants:
+            kind, constants[position,] = "constexpr", variant.constants[name]
+        elif isinstance(kind, tuple):
+            known = {field: part for field, part in kind._asdict().items() if not isinstance(part, str)}
+            constants |= {(position, kind._fields.index(field)): part for field, part in known.items()}
+            kind = kind._replace(**dict.fromkeys(known, "constexpr"))
+        signature[name] = kind
+        leaves = zip(kind._fields, kind, strict=True) if isinstance(kind, tuple) else ((name, kind),)
+        for at, (leaf, part) in enumerate(leaves):
+            if part.startswith("*") or leaf in variant.aligned:
+                path = (position, at) if isinstance(kind, tuple) else (position,)
+                attributes[path] = [["tt.divisibility", 16]]
     start = time.perf_counter()
-    source = ASTSource(variant.kernel, signature, {name: variant.constants[name] for name in names
-                                                   if name in variant.constants}, attributes)
+    source = ASTSource(variant.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(variant.options))
     seconds = time.perf_counter() - start
     registers, spilled = _resources(compiled.asm["cubin"])

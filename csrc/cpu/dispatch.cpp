@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "alignment.h"
 #include "attention.h"
 #include "decoding.h"
 #include "info_nce.h"
@@ -74,6 +75,7 @@ const char* isas_built() { return widest_built == Isa::scalar ? "scalar" : "scal
 int info_nce_fwd(const InfoNceForward& call) { VLMFAST_DISPATCH(info_nce_fwd(call)) }
 int info_nce_bwd(const InfoNceBackward& call) { VLMFAST_DISPATCH(info_nce_bwd(call)) }
 int siglip(const SigLip& call) { VLMFAST_DISPATCH(siglip(call)) }
+int ipot(const Ipot& call) { VLMFAST_DISPATCH(ipot(call)) }
 
 int attention_fwd(const Attention* const* calls, int count, int threads) {
   VLMFAST_DISPATCH(attention_fwd(calls, count, threads))

@@ -18,7 +18,7 @@ def test_help_is_quick_and_names_the_commands():
            "heavy = {'torch', 'PIL', 'matplotlib', 'tokenizers', 'tqdm'} & set(sys.modules); assert not heavy, heavy"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    for command in ("info", "demo", "train", "retrieve"):
+    for command in ("info", "demo", "train", "retrieve", "answer"):
         assert f"    {command} " in run.stdout
 
 

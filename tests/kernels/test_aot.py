@@ -26,8 +26,9 @@ def table():
 def test_every_kernel_compiles_without_spills(table):
     assert re.search(r"^(\d+) compiled, 0 failed$", table, re.MULTILINE)
     for kernel in ("info_nce_fwd_kernel", "info_nce_fwd_merge_kernel", "info_nce_bwd_lines_kernel",
-                   "info_nce_bwd_logits_kernel", "siglip_logits_kernel", "quantize_fwd_kernel", "quantize_bwd_kernel",
-                   "gumbel_noise_kernel"):
+                   "info_nce_bwd_logits_kernel", "siglip_logits_kernel", "attention_fwd_kernel",
+                   "attention_bwd_query_kernel", "attention_bwd_key_kernel", "attention_bwd_bias_kernel",
+                   "attention_bwd_sum_kernel", "quantize_fwd_kernel", "quantize_bwd_kernel", "gumbel_noise_kernel"):
         for arch in ARCHITECTURES:
             assert re.search(rf"^{kernel} .* {arch} +\d+ +0 ", table, re.MULTILINE), f"{kernel} sm_{arch}"
 
@@ -38,6 +39,17 @@ def test_16_bit_kernels_use_the_tensor_cores(table, arch, instruction):
     rows = re.findall(rf"^(?:info_nce_fwd_kernel|\w+_logits_kernel) .*(?:bf16|fp16) +{arch} .*$", table, re.MULTILINE)
     assert len(rows) == 20
     assert all(f" {instruction} " in row for row in rows), rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch, instruction", [(80, "mma"), (90, "wgmma"), (100, "tcgen05")])
+def test_16_bit_attention_uses_the_tensor_cores(table, arch, instruction):
+    pattern = rf"^attention_(?:fwd|bwd_query|bwd_key)_kernel .*(?:bf16|fp16) \d+ +{arch} .*$"
+    rows = re.findall(pattern, table, re.MULTILINE)
+    assert len(rows) == 45 and not any(" none " in row for row in rows), rows
+    # tiles without options are large enough for the widest instruction, up to heads of 128
+    plain = [row for row in rows if re.search(r" plain bf16 (64|128) ", row)]
+    assert len(plain) == 6 and all(f" {instruction} " in row for row in plain), plain
 
 
 def test_a_spill_is_a_problem():

@@ -193,6 +193,7 @@ void check(const Case& c) {
 
 }  // namespace
 
+#include "check_alignment.h"
 #include "check_attention.h"
 #include "check_quantize.h"
 
@@ -219,6 +220,7 @@ int main() {
   Pairs pairs{&feature, &feature, DType::float32, 1, 1, 1, 1, 1, &nan, nullptr, nullptr, nullptr, nullptr, 0, 0, 0, 1};
   expect_close("NaN scale", info_nce_fwd({pairs, false, stats, other, nullptr, nullptr, true, true, 0}), 1, 0);
   check_attention_family();
+  check_alignment_family();
   check_quantize_family();
   std::printf("instruction set %s\n%d passed, %d failed\n", isa_name(), passed, failed);
   return failed != 0;

@@ -136,7 +136,7 @@ def infer_config(state: dict[str, Tensor], hparams: dict, path: Path) -> dict:
 
 
 def save(model: DALLE, folder: Path) -> None:
-    """config.json, model.safetensors, and the vocabulary where there is a tokenizer."""
+    """config.json and model.safetensors."""
     save_own(model, folder, MODEL_TYPE)
 
 
@@ -147,8 +147,6 @@ def save_own(model, folder: Path, model_type: str) -> None:
     save_file(state, folder / WEIGHT_NAME, metadata={"format": "pt"})
     content = {"model_type": model_type, **model.config.to_dict()}
     (folder / CONFIG_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    if model.tokenizer is not None:
-        model.tokenizer.save(folder)
 
 
 def _load_own(folder: Path, *, config, strict: bool, device, dtype) -> DALLE:

@@ -123,7 +123,7 @@ def infer_config(state: dict[str, Tensor], path: Path) -> dict:
 
 
 def save(model: DALLEMini, folder: Path) -> None:
-    """config.json, model.safetensors, the vocabulary where there is a tokenizer."""
+    """config.json and model.safetensors."""
     save_own(model, folder, MODEL_TYPE)
 
 

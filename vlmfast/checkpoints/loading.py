@@ -5,46 +5,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models.clip import CLIP, CLIPConfig
-from ..models.dalle import DALLE
-from ..models.dalle_mini import DALLEMini
-from ..models.dvae import DVAE, DiscreteVAE
-from ..models.lxmert import LXMERT
-from ..models.vilbert import ViLBERT
-from ..models.vqgan import VQGAN
-from . import dalle, dalle_mini, dvae, huggingface, lxmert, open_clip, openai, vilbert, vqgan
+from ..models.config import ModelConfig
+from . import huggingface, open_clip, openai
 from .files import is_zip, key_bytes, open_zip, read_json
+from .formats import BY_MODEL_TYPE, FORMATS
 from .state import check_shapes, common_dtype, report_keys
+from .tasks import for_task
 
-_FORMATS = {"openai": openai, "open_clip": open_clip, "huggingface": huggingface}
-# readers that build their model themselves
-_READERS = {
-    "vilbert": vilbert.load,
-    "lxmert": lxmert.load,
-    "openai-dvae": dvae.load_openai,
-    "flava": dvae.load_flava,
-    "dalle-pytorch-vae": dvae.load_dalle_pytorch,
-    "taming": vqgan.load_taming,
-    "min-dalle-vqgan": vqgan.load_min_dalle,
-    "dalle-pytorch": dalle.load,
-    "min-dalle": dalle_mini.load,
-}
-_MODEL_TYPES = {"vilbert": "vilbert", "lxmert": "lxmert", dvae.DVAE_TYPE: "openai-dvae", dvae.FLAVA_TYPE: "flava",
-                dvae.DISCRETE_TYPE: "dalle-pytorch-vae", vqgan.MODEL_TYPE: "taming",
-                dalle.MODEL_TYPE: "dalle-pytorch", dalle_mini.MODEL_TYPE: "min-dalle"}
-# the first that the names in a file contain decides
-_TELLING_KEYS = {
-    b".fn.to_qkv.weight": "dalle-pytorch",  # its own discrete VAE may lie in the same file
-    b"encoder.c_layer.": "vilbert",
-    b"encoder.x_layers.": "lxmert",
-    b"blocks.group_1.group.block_1.": "flava",
-    b"blocks.group_1.block_1.": "openai-dvae",
-    b"dall_e.encoder": "openai-dvae",
-    b"decoder.up.0.block.0.": "taming",
-    b"encoder.0.0.weight": "dalle-pytorch-vae",
-}
+_CLIP_FORMATS = {"openai": openai, "open_clip": open_clip, "huggingface": huggingface}
 _BPE_NAME = "bpe_simple_vocab_16e6.txt.gz"
 
 
@@ -61,11 +32,10 @@ def detect_format(path: str | Path) -> str:
         if "config.json" in names and names & set(huggingface.WEIGHT_NAMES):
             content = read_json(path / "config.json")
             kind = "vilbert" if "v_biattention_id" in content else content.get("model_type")
-            return _MODEL_TYPES.get(kind, "huggingface")
-        if dvae.PICKLES[0] in names:
-            return "openai-dvae"
-        if all(names & set(choices) for choices in dalle_mini.SIDES.values()):
-            return "min-dalle"
+            return BY_MODEL_TYPE.get(kind, "huggingface") if isinstance(kind, str) else "huggingface"
+        for name, entry in FORMATS.items():
+            if entry.files and all(names & set(choices) for choices in entry.files):
+                return name
         if names & {open_clip.CONFIG_NAME, *open_clip.WEIGHT_NAMES}:
             return "open_clip"
         raise ValueError(
@@ -75,9 +45,9 @@ def detect_format(path: str | Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder")
     head = key_bytes(path)
-    for key, kind in _TELLING_KEYS.items():
-        if key in head:
-            return "min-dalle-vqgan" if kind == "taming" and b"quantize." not in head else kind
+    for name, entry in FORMATS.items():
+        if any(key in head for key in entry.keys):
+            return name
     if path.name in huggingface.WEIGHT_NAMES and (path.parent / "config.json").is_file():
         return "huggingface"
     if path.suffix == ".safetensors":
@@ -99,26 +69,32 @@ def load(
     path: str | Path,
     *parts: str | Path,
     format: str | None = None,
+    task: str | None = None,
+    labels=None,
     strict: bool = True,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     image_size: int | None = None,
     quick_gelu: bool | None = None,
     config=None,
-) -> CLIP | ViLBERT | LXMERT | DVAE | DiscreteVAE | VQGAN | DALLE | DALLEMini:
+) -> nn.Module:
     """A model in evaluation mode from a public or own checkpoint. No code in the file is executed.
 
     Args:
         path: CLIP: OpenAI TorchScript `.pt`; open_clip `.pt`, `.bin`, `.safetensors` or folder; Hugging Face folder.
-            ViLBERT: the authors' `.bin`, or a folder with it and config.json. LXMERT: the authors' `.pth`, or a
-            Hugging Face folder. Discrete VAEs: OpenAI's encoder.pkl; a Hugging Face FlavaImageCodebook;
-            DALLE-pytorch's vae.pt; taming-transformers' `.ckpt`; min-dalle's detoker.pt. DALL-E: DALLE-pytorch's
-            dalle.pt. DALL-E mini and mega: min-dalle's folder with encoder.pt and decoder.pt.
+            BERT-like models: the authors' file, a folder with it and config.json, or a Hugging Face folder of LXMERT
+            or VisualBERT; of VisualBERT and UNITER also MMF's names. Discrete VAEs: OpenAI's encoder.pkl; a Hugging
+            Face FlavaImageCodebook; DALLE-pytorch's vae.pt; taming-transformers' `.ckpt`; min-dalle's detoker.pt.
+            DALL-E: DALLE-pytorch's dalle.pt. DALL-E mini and mega: min-dalle's folder with encoder.pt and decoder.pt.
         parts: further files of the same model: OpenAI's decoder.pkl, without which its dVAE only encodes. The format
             may also stand last among them.
-        format: "openai", "open_clip", "huggingface", "vilbert", "lxmert", "openai-dvae", "flava", "dalle-pytorch-vae",
-            "taming", "min-dalle-vqgan", "dalle-pytorch", "min-dalle", or None to detect it. "vlmfast" is a folder
-            written by `save_pretrained`, in any layout.
+        format: "openai", "open_clip", "huggingface", a BERT-like model ("vilbert", "lxmert", "visualbert", "uniter",
+            "vlbert", ...), "openai-dvae", "flava", "dalle-pytorch-vae", "taming", "min-dalle-vqgan", "dalle-pytorch",
+            "min-dalle", or None to detect it. "vlmfast" is a folder written by `save_pretrained`, in any layout.
+        task: a task of `vlmfast tasks`, "vqa" for example: the model gets a head for it, new and untrained where the
+            checkpoint has none (with a warning), in place of its other heads.
+        labels: of a new head: how many answers there are for "vqa" and "gqa" (None: those of an answer list beside the
+            checkpoint, else the config's default); for "affect" names, or a `models.AffectConfig`.
         strict: raise on missing and unknown keys. False warns instead; missing tensors keep their initial values.
         device: where the model goes.
         dtype: of all parameters. None keeps the stored one, or float32 where several are mixed (OpenAI's files).
@@ -129,8 +105,8 @@ def load(
             object. Without it sizes come from the tensors, and what they do not tell is that of the public models.
 
     Returns:
-        The model. A CLIP's and a discrete VAE's `model.preprocess` is its ImagePreprocess, a CLIP's `model.tokenizer`
-        a CLIPTokenizer when vocabulary files lie beside the checkpoint, else None.
+        The model. `model.tokenizer`, of models that read texts, is a tokenizer when vocabulary files lie beside the
+        checkpoint, else None; `model.preprocess` of a CLIP or discrete VAE is its ImagePreprocess.
 
     Raises:
         FileNotFoundError: no such file, or one that belongs to the checkpoint is absent.
@@ -144,23 +120,27 @@ def load(
     if format in (None, "vlmfast") or not path.exists():
         format = detect_format(path)
     elif format == "huggingface" and (path / "config.json").is_file():
-        kind = _MODEL_TYPES.get(read_json(path / "config.json").get("model_type"), format)
-        format = kind if kind in ("lxmert", "flava") else format
-    if parts and format != "openai-dvae":
+        kind = BY_MODEL_TYPE.get(str(read_json(path / "config.json").get("model_type")))
+        format = kind if kind and FORMATS[kind].huggingface else format
+    entry = FORMATS.get(format)
+    if len(parts) > (entry.parts if entry else 0):
         raise ValueError(f"load: {len(parts) + 1} files, must be one: {path} is {format}, only an openai-dvae has two")
-    if format in _READERS:
+    if entry is not None:
         if image_size is not None or quick_gelu is not None:
             raise ValueError(f"load: image_size and quick_gelu belong to CLIP, {path} is {format}")
         try:
-            return _READERS[format](path, *parts, config=config, strict=strict, device=device, dtype=dtype)
+            model = entry.load(path, *parts, config=config, strict=strict, device=device, dtype=dtype)
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path}: a setting has the wrong type ({error})") from error
-    if format not in _FORMATS:
-        formats = ", ".join([*_FORMATS, "vlmfast", *_READERS])
+        if entry.wordpiece:
+            model.tokenizer = _wordpiece(path if path.is_dir() else path.parent, model.config)
+        return model if task is None else for_task(model, path, task, labels)
+    if format not in _CLIP_FORMATS:
+        formats = ", ".join([*_CLIP_FORMATS, "vlmfast", *FORMATS])
         raise ValueError(f"load: format is {format!r}, must be one of {formats}")
     if config is not None:
-        raise ValueError(f"load: config belongs to ViLBERT and LXMERT, discrete VAEs and DALL-E; {path} is {format}")
-    source = _FORMATS[format]
+        raise ValueError(f"load: config belongs to other models than CLIP, {path} is {format}")
+    source = _CLIP_FORMATS[format]
     try:
         values, state = source.read(path)
     except (TypeError, KeyError, AttributeError) as error:
@@ -200,12 +180,12 @@ def load(
     model = model.to(device=device, dtype=dtype).eval() if missing else model.eval()
     model.preprocess = preprocess
     model.tokenizer = _tokenizer(folder, config)
-    return model
+    return model if task is None else for_task(model, path, task, labels)
 
 
 def _is_format(part) -> bool:
     """Whether a positional argument of `load` is a format, known or not, and no file: files have a suffix."""
-    return part is None or isinstance(part, str) and (part in (*_FORMATS, *_READERS, "vlmfast") or
+    return part is None or isinstance(part, str) and (part in (*_CLIP_FORMATS, *FORMATS, "vlmfast") or
                                                       not Path(part).suffix and not Path(part).exists())
 
 
@@ -239,6 +219,21 @@ def _tokenizer(folder: Path, config: CLIPConfig):
     tokenizer = CLIPTokenizer.from_file(vocabulary, context_length=config.context_length)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"{vocabulary}: has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}")
+    return tokenizer
+
+
+def _wordpiece(folder: Path, config: ModelConfig):
+    """The WordPieceTokenizer whose vocabulary lies in `folder`, or None."""
+    if not any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
+        return None
+    if getattr(config, "model", "bert") != "bert":  # RoBERTa's vocabulary is another kind
+        return None
+    from ..data.wordpiece import WordPieceTokenizer
+
+    tokenizer = WordPieceTokenizer.from_file(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{folder}: the vocabulary has {tokenizer.vocab_size} tokens, the model only "
+                         f"{config.vocab_size}")
     return tokenizer
 
 

@@ -3,52 +3,47 @@
 import json
 from pathlib import Path
 
+from torch import nn
+
 from ..models.clip import CLIP
-from ..models.dalle import DALLE
-from ..models.dalle_mini import DALLEMini
-from ..models.dvae import DVAE, DiscreteVAE
-from ..models.lxmert import LXMERT
-from ..models.vilbert import ViLBERT
-from ..models.vqgan import VQGAN
-from . import dalle, dalle_mini, dvae, huggingface, lxmert, open_clip, vilbert, vqgan
+from . import huggingface, open_clip
+from .dalle import VAE_FOLDER
 from .files import atomic_folder
-
-# each writer returns the layout, or leaves it to the name here
-_WRITERS = {ViLBERT: ("vilbert", vilbert.save), LXMERT: ("huggingface", lxmert.save), DVAE: (None, dvae.save),
-            DiscreteVAE: (None, dvae.save), VQGAN: (None, vqgan.save),
-            DALLE: ("dalle", dalle.save), DALLEMini: ("dalle-mini", dalle_mini.save)}
+from .formats import FORMATS
 
 
-def save_pretrained(model: CLIP | ViLBERT | LXMERT | DVAE | DiscreteVAE | VQGAN, folder: str | Path) -> str:
+def save_pretrained(model: nn.Module, folder: str | Path) -> str:
     """Write a model with its sizes, activation, preprocessing and (if `model.tokenizer` is set) vocabulary.
 
-    ViLBERT is written as the authors' pytorch_model.bin with config.json, LXMERT as transformers' config.json and
-    model.safetensors, a DVAE without decoder as transformers' FlavaImageCodebook. The other discrete VAEs have a
-    config.json of their own and their public keys in model.safetensors. CLIP's layout is Hugging Face's CLIPModel:
+    LXMERT and VisualBERT are written as transformers' config.json and model.safetensors, other BERT-like models as
+    the authors' pytorch_model.bin with config.json. A DVAE without decoder becomes transformers' FlavaImageCodebook;
+    the other discrete VAEs and the DALL-Es have a config.json of their own and their public keys in
+    model.safetensors, a DALL-E's discrete VAE in a folder `vae` beside it. CLIP's layout is Hugging Face's CLIPModel:
     config.json, model.safetensors, preprocessor_config.json. What that cannot hold (ResNet towers, a logit bias,
     images padded to a square) is written in open_clip's layout instead: open_clip_config.json,
-    open_clip_model.safetensors. Files are written under a temporary name and then renamed.
-    Preprocessing is `model.preprocess` without its random part, or CLIP's own with the config's mean and std.
+    open_clip_model.safetensors. Files are written under a temporary name and then renamed. Preprocessing is
+    `model.preprocess` without its random part, or CLIP's own with the config's mean and std.
 
     Returns:
-        The layout written: "huggingface", "open_clip", "vilbert", "dvae", "discrete_vae", "flava_image_codebook",
-        "vqgan", "dalle" or "dalle-mini".
+        The layout written: "huggingface", "open_clip", the name of a BERT-like model, "dvae", "discrete_vae",
+        "flava_image_codebook", "vqgan", "dalle" or "dalle-mini".
 
     Raises:
         TypeError: not one of these models.
         FileExistsError: the folder holds a checkpoint in the other layout.
     """
-    for kind, (layout, save) in _WRITERS.items():
-        if isinstance(model, kind):
+    for entry in FORMATS.values():
+        if isinstance(model, entry.model):
             with atomic_folder(Path(folder)) as stage:
-                written = save(model, stage)
+                layout = entry.save(model, stage) or entry.layout
+                if getattr(model, "tokenizer", None) is not None:
+                    model.tokenizer.save(stage)
             if getattr(model, "vae", None) is not None:
-                save_pretrained(model.vae, Path(folder) / dalle.VAE_FOLDER)
-            return layout or written
+                save_pretrained(model.vae, Path(folder) / VAE_FOLDER)
+            return layout
     if not isinstance(model, CLIP):
-        kinds = ", ".join(["CLIP", *(kind.__name__ for kind in _WRITERS)][:-1])
-        last = list(_WRITERS)[-1].__name__
-        raise TypeError(f"save_pretrained: model is a {type(model).__name__}, must be a {kinds} or {last}")
+        kinds = ", ".join(dict.fromkeys(entry.model.__name__ for entry in FORMATS.values()))
+        raise TypeError(f"save_pretrained: model is a {type(model).__name__}, must be a CLIP or one of {kinds}")
     from safetensors.torch import save_file
 
     from ..data.images import ImagePreprocess

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..data import CLIPTokenizer, ImagePreprocess, PairLoader
 from ..models import DALLE
 from ..tasks import encode_prompts, generate_codes
-from ..tasks.generation import to_arrays
+from ..tasks.image_generation import to_arrays
 from .clip_data import Data
 
 MAX_VALIDATION = 512  # pairs

@@ -40,7 +40,7 @@ def run(args) -> None:
     from ..checkpoints import load
     from ..data import contact_sheet, load_image
     from ..tasks import generate, prime_codes
-    from ..tasks.generation import to_arrays
+    from ..tasks.image_generation import to_arrays
     from ..training.distributed import check_device
     from .dalle_data import pixels
 

@@ -1,4 +1,4 @@
-"""Tokenizer, image preprocessing, image-text data sets and region features. Names load on first use: a light import."""
+"""Tokenizers, image preprocessing, image-text data sets and region features. Names load on first use."""
 
 from importlib import import_module
 
@@ -6,6 +6,8 @@ _HOME = {
     "BartTokenizer": "bart_tokenizer",
     "CLIPTokenizer": "tokenizer",
     "clean_text": "tokenizer",
+    "BertTokens": "wordpiece",
+    "WordPieceTokenizer": "wordpiece",
     "ImagePreprocess": "images",
     "load_image": "images",
     "check_image": "images",
@@ -43,7 +45,8 @@ _HOME = {
     "uniter_region_count": "region_boxes",
 }
 
-_MODULES = {*_HOME.values(), "bpe", "captions", "preprocess_config", "region_arrays", "region_formats", "region_tsv"}
+_MODULES = {*_HOME.values(), "annotations", "bpe", "captions", "preprocess_config", "region_arrays", "region_formats",
+            "region_tsv"}
 
 __all__ = sorted(_HOME)
 

@@ -27,8 +27,8 @@ class UnsafePickleError(ValueError):
     """A pickle asks for something other than numpy arrays and plain containers; it was not executed."""
 
 
-def read_pickle(data: bytes):
-    """The dicts, lists, numbers, texts and numpy arrays of a pickle.
+def read_pickle(data: bytes, max_nodes: int = MAX_NODES):
+    """The dicts, lists, numbers, texts and numpy arrays of a pickle, `max_nodes` of them at most.
 
     Raises:
         UnsafePickleError: the pickle names a global outside the allow-list.
@@ -42,7 +42,7 @@ def read_pickle(data: bytes):
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):
                 raise ValueError(f"memo index {argument} in a stream of {len(data)} bytes")
-        unpickler, resolve = _unpickler(data)
+        unpickler, resolve = _unpickler(data, max_nodes)
         return resolve(unpickler.load(), 0)
     except UnsafePickleError:
         raise
@@ -102,7 +102,7 @@ def _array(data, dtype: np.dtype, shape: tuple, fortran: bool) -> np.ndarray:
     return np.frombuffer(data, dtype=dtype).reshape(shape, order="F" if fortran else "C")
 
 
-def _unpickler(data: bytes):
+def _unpickler(data: bytes, max_nodes: int):
     # made anew per file, so that no file can alter another's stand-ins
     class Dtype:
         def __init__(self, code, align=False, copy=False):
@@ -177,8 +177,8 @@ def _unpickler(data: bytes):
     nodes = itertools.count()
 
     def resolve(value, depth: int):
-        if depth > MAX_DEPTH or next(nodes) > MAX_NODES:  # references to one list can multiply without end
-            raise ValueError(f"nested deeper than {MAX_DEPTH} or more than {MAX_NODES} values")
+        if depth > MAX_DEPTH or next(nodes) > max_nodes:  # references to one list can multiply without end
+            raise ValueError(f"nested deeper than {MAX_DEPTH} or more than {max_nodes} values")
         if isinstance(value, dict):
             return {resolve(key, depth + 1): resolve(item, depth + 1) for key, item in value.items()}
         if isinstance(value, (list, tuple)):

@@ -55,18 +55,24 @@ class TextEmbeddings(nn.Module):
         self, input_ids: Tensor, token_type_ids: Tensor | None = None, task_ids: Tensor | None = None
     ) -> Tensor:
         """[B, T] ids -> [B, T, C], or [B, T + 1, C] with `task_ids` [B] or [B, 1]."""
-        longest = self.position_embeddings.num_embeddings - self.first_position
-        if input_ids.shape[1] > longest:
-            raise ValueError(f"input_ids: has {input_ids.shape[1]} tokens, must have at most {longest}")
-        position = torch.arange(self.first_position, self.first_position + input_ids.shape[1], device=input_ids.device)
-        types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-        x = self.word_embeddings(input_ids) + self.position_embeddings(position) + self.token_type_embeddings(types)
+        x = self.total(input_ids, token_type_ids)
         if self.task_embeddings is not None:
             if task_ids is None:
                 raise ValueError("task_ids: is None, must be given to a model with task tokens")
             task = self.task_embeddings(task_ids.reshape(-1, 1)).expand(len(x), 1, -1)
             x = torch.cat([x[:, :1], task, x[:, 1:]], dim=1)
         return self.dropout(self.LayerNorm(x))
+
+    def total(self, input_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """[B, T] ids -> word + position + segment [B, T, C], before the LayerNorm."""
+        longest = self.position_embeddings.num_embeddings - self.first_position
+        if input_ids.shape[1] > longest:
+            raise ValueError(f"input_ids: has {input_ids.shape[1]} tokens, must have at most {longest}")
+        position = torch.arange(self.first_position, self.first_position + input_ids.shape[1], device=input_ids.device)
+        types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        if types.shape != input_ids.shape:
+            raise ValueError(f"token_type_ids: has shape {list(types.shape)}, must be {list(input_ids.shape)}")
+        return self.word_embeddings(input_ids) + self.position_embeddings(position) + self.token_type_embeddings(types)
 
 
 class BertSelfAttention(nn.Module):

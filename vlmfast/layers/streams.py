@@ -24,11 +24,13 @@ class Rows:
         bias: [B, 1, 1, S] added to the scores of these rows as keys, or None.
         lengths: [B] rows that exist, a prefix; padding is then skipped and its attention output is 0. None: all rows.
         offsets: [B + 1] int32, example i holds packed rows offsets[i] to offsets[i + 1]; None: not packed.
+        prefix: [B] integers: rows before it are seen by all, the others only by later rows; None: all are.
     """
 
     bias: Tensor | None = None
     lengths: Tensor | None = None
     offsets: Tensor | None = None
+    prefix: Tensor | None = None
 
     @classmethod
     def of(cls, mask: Tensor | None, lengths: Tensor | None, dtype: torch.dtype) -> "Rows":
@@ -119,20 +121,10 @@ class Streams:
         Raises:
             TypeError, ValueError: naming the argument that does not fit.
         """
-        if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
-            raise TypeError(f"input_ids: is {input_ids.dtype}, must be integers")
-        if input_ids.ndim != 2 or not input_ids.shape[1]:
-            raise ValueError(f"input_ids: has shape {list(input_ids.shape)}, must be [B, T] with T > 0")
-        if feat.ndim != 3 or not feat.shape[1] or feat.shape[2] != widths[0]:
-            raise ValueError(f"image_feat: has shape {list(feat.shape)}, must be [B, R, {widths[0]}] with R > 0")
-        if loc.shape != (*feat.shape[:2], widths[1]):
-            raise ValueError(f"image_loc: has shape {list(loc.shape)}, must be {[*feat.shape[:2], widths[1]]}")
+        check_ids(input_ids)
+        check_regions(feat, loc, widths)
         if len(input_ids) not in (1, len(feat)):
             raise ValueError(f"input_ids: has {len(input_ids)} rows, image_feat {len(feat)}; must be as many, or one")
-        if attention_mask is not None and text_lengths is not None:
-            raise ValueError("text_lengths: given together with attention_mask, must be one or the other")
-        if image_mask is not None and num_regions is not None:
-            raise ValueError("num_regions: given together with image_mask, must be one or the other")
         text, text_keep = _rows("attention_mask", attention_mask, "text_lengths", text_lengths, input_ids, dtype)
         image, image_keep = _rows("image_mask", image_mask, "num_regions", num_regions, feat, dtype)
         return cls(text, image, text_keep, image_keep)
@@ -260,12 +252,35 @@ def _select(x: Tensor, at: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, at)
 
 
+def check_ids(input_ids: Tensor) -> None:
+    """Token ids are [B, T] integers; TypeError or ValueError otherwise."""
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise TypeError(f"input_ids: is {input_ids.dtype}, must be integers")
+    if input_ids.ndim != 2 or not input_ids.shape[1]:
+        raise ValueError(f"input_ids: has shape {list(input_ids.shape)}, must be [B, T] with T > 0")
+
+
+def check_regions(feat: Tensor, loc: Tensor, widths: tuple[int, int]) -> None:
+    """Features [B, R, widths[0]] and boxes [B, R, widths[1]] of the same regions; ValueError otherwise."""
+    if feat.ndim != 3 or not feat.shape[1] or feat.shape[2] != widths[0]:
+        raise ValueError(f"image_feat: has shape {list(feat.shape)}, must be [B, R, {widths[0]}] with R > 0")
+    if loc.shape != (*feat.shape[:2], widths[1]):
+        raise ValueError(f"image_loc: has shape {list(loc.shape)}, must be {[*feat.shape[:2], widths[1]]}")
+
+
+def read_layout(mask_name: str, mask: Tensor | None, lengths_name: str, lengths: Tensor | None,
+                shape: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
+    """(mask, lengths) of a [B, S, ...] stream, checked; at most one of them is given."""
+    if mask is not None and lengths is not None:
+        raise ValueError(f"{lengths_name}: given together with {mask_name}, must be one or the other")
+    return as_mask(mask_name, mask, shape), as_lengths(lengths_name, lengths, *shape)
+
+
 def _rows(mask_name: str, mask: Tensor | None, lengths_name: str, lengths: Tensor | None, x: Tensor,
           dtype: torch.dtype) -> tuple[Rows, Tensor]:
     """The layout of a [B, S, ...] stream, and which of its rows exist [B, S]."""
     batch, longest = x.shape[:2]
-    mask = as_mask(mask_name, mask, (batch, longest))
-    lengths = as_lengths(lengths_name, lengths, batch, longest)
+    mask, lengths = read_layout(mask_name, mask, lengths_name, lengths, (batch, longest))
     if lengths is not None:
         keep = torch.arange(longest, device=x.device) < lengths[:, None]
     else:
@@ -278,7 +293,7 @@ def self_attend(query: Tensor, key: Tensor, value: Tensor, rows: Rows, *, dropou
     """Attention of a stream over itself: ([B, S, H, D] or [N, H, D], probabilities [B, H, S, S] or None)."""
     if rows.offsets is not None:
         return attention_varlen(query, key, value, rows.offsets, dropout=dropout).out, None
-    result = attention(query, key, value, lengths=rows.lengths, bias=rows.bias, dropout=dropout,
+    result = attention(query, key, value, lengths=rows.lengths, bias=rows.bias, prefix=rows.prefix, dropout=dropout,
                        return_probs=return_probs)
     return result.out, result.probs
 

@@ -6,17 +6,43 @@ from functools import partial
 
 from torch import nn
 
-from . import clip, dalle, dalle_mini, dvae, lxmert, vilbert, vqgan
+from . import (
+    clip,
+    dalle,
+    dalle_mini,
+    dvae,
+    image_seq2seq,
+    imagebert,
+    lxmert,
+    pixelbert,
+    uniter,
+    vdbert,
+    vilbert,
+    visualbert,
+    vlbert,
+    vqgan,
+)
+from .affect import AffectConfig, AffectModel
 from .clip import CLIP, CLIPConfig, CLIPOutput
 from .codes import VAEOutput
 from .dalle import DALLE, DALLEConfig, DALLEOutput
 from .dalle_mini import DALLEMini, DALLEMiniConfig, DALLEMiniOutput
 from .dvae import DVAE, DiscreteVAE, DiscreteVAEConfig, DVAEConfig
+from .image_seq2seq import ImageSeq2Seq, ImageSeq2SeqConfig, ImageSeq2SeqOutput
+from .imagebert import ImageBERT, ImageBERTConfig
 from .lxmert import LXMERT, LXMERTConfig, LXMERTOutput
+from .pixelbert import PixelBERT, PixelBERTConfig
+from .single_stream import SingleStreamOutput
+from .uniter import UNITER, UNITERConfig
+from .vdbert import VDBERT, VDBERTConfig
 from .vilbert import ViLBERT, ViLBERTConfig, ViLBERTOutput
+from .visualbert import VisualBERT, VisualBERTConfig
+from .vlbert import VLBERT, VLBERTConfig
 from .vqgan import VQGAN, VQGANConfig
 
 __all__ = [
+    "AffectConfig",
+    "AffectModel",
     "CLIP",
     "CLIPConfig",
     "CLIPOutput",
@@ -30,24 +56,47 @@ __all__ = [
     "DVAEConfig",
     "DiscreteVAE",
     "DiscreteVAEConfig",
+    "ImageBERT",
+    "ImageBERTConfig",
+    "ImageSeq2Seq",
+    "ImageSeq2SeqConfig",
+    "ImageSeq2SeqOutput",
     "LXMERT",
     "LXMERTConfig",
     "LXMERTOutput",
+    "PixelBERT",
+    "PixelBERTConfig",
+    "SingleStreamOutput",
+    "UNITER",
+    "UNITERConfig",
     "VAEOutput",
+    "VDBERT",
+    "VDBERTConfig",
+    "VLBERT",
+    "VLBERTConfig",
     "VQGAN",
     "VQGANConfig",
     "ViLBERT",
     "ViLBERTConfig",
     "ViLBERTOutput",
+    "VisualBERT",
+    "VisualBERTConfig",
     "clip",
     "create",
     "dalle",
     "dalle_mini",
     "dvae",
+    "image_seq2seq",
+    "imagebert",
     "list_models",
     "lxmert",
+    "pixelbert",
     "register",
+    "uniter",
+    "vdbert",
     "vilbert",
+    "visualbert",
+    "vlbert",
     "vqgan",
 ]
 
@@ -89,6 +138,7 @@ def create(name: str, **overrides) -> nn.Module:
     return builder(**overrides)
 
 
-for _module in (clip, vilbert, lxmert, dvae, vqgan, dalle, dalle_mini):
+for _module in (clip, vilbert, lxmert, visualbert, uniter, vlbert, vdbert, pixelbert, imagebert, image_seq2seq, dvae,
+                vqgan, dalle, dalle_mini):
     for _name in _module.PRESETS:
         register(_name, partial(_module.build, _name))

@@ -26,6 +26,7 @@ from ..layers.bert import (
 from ..layers.co_attention import CrossModalityLayer
 from ..layers.streams import Streams
 from ..layers.transformer import LayerNorm
+from .adapting import adapted
 from .config import ModelConfig
 
 
@@ -211,6 +212,10 @@ class LXMERT(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.bert.embeddings.word_embeddings.weight.dtype
+
+    def adapted(self, **changes) -> "LXMERT":
+        """A copy to fine-tune with other config fields, for example heads="vqa"; see `models.adapting.adapted`."""
+        return adapted(self, **changes)
 
     def available(self) -> tuple[str, ...]:
         """The names that `forward` accepts in `heads`."""

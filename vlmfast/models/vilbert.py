@@ -28,6 +28,7 @@ from ..layers.bert import (
 from ..layers.co_attention import CoAttentionLayer
 from ..layers.streams import MASKED, Streams
 from ..layers.transformer import LayerNorm
+from .adapting import adapted
 from .config import ModelConfig
 
 TASK_TOKENS = 20
@@ -320,6 +321,10 @@ class ViLBERT(nn.Module):
             output.text_to_image, output.image_to_text = tuple(maps["text_to_image"]), tuple(maps["image_to_text"])
         self._score(output, wanted, heads is not None, streams.image_keep)
         return output
+
+    def adapted(self, **changes) -> "ViLBERT":
+        """A copy to fine-tune with other config fields, for example heads=("vqa",); see `models.adapting.adapted`."""
+        return adapted(self, **changes)
 
     def available(self) -> tuple[str, ...]:
         """The names that `forward` accepts in `heads`."""

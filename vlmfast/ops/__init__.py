@@ -1,5 +1,6 @@
 """Fused ops. Each is a function of tensors, with the definition it equals in its docstring."""
 
+from .alignment import ipot, optimal_transport_distance
 from .attention import (
     attention,
     attention_varlen,
@@ -19,5 +20,5 @@ from .sampling import sample_tokens
 
 __all__ = ["Quantized", "VectorQuantized", "attention", "attention_varlen", "axial_attention", "backend", "backends",
            "bi_attention", "cached_loss", "co_attention", "co_attention_varlen", "cross_attention", "dropout_mask",
-           "encode_indices", "gather_with_grad", "gumbel_noise", "gumbel_quantize", "info_nce", "sample_tokens",
-           "siglip_loss", "vector_quantize", "window_attention"]
+           "encode_indices", "gather_with_grad", "gumbel_noise", "gumbel_quantize", "info_nce", "ipot",
+           "optimal_transport_distance", "sample_tokens", "siglip_loss", "vector_quantize", "window_attention"]

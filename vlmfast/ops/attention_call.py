@@ -1,7 +1,5 @@
 """How the attention ops reach a backend: one or two directions and their gradients, as plain calls or as ops."""
 
-import warnings
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -19,9 +17,9 @@ KEPT_LANES = 16
 class Options(NamedTuple):
     """Optional tensors of one direction, in the order in which they cross the op; see `reference.attention.forward`.
 
-    rows_q [G, Sq], rows_k [G, Sk] and regions [G, Sq] are the native backend's: sequence b G + g consists of those
-    rows of sample b (-1: no key), and with regions a query sees the keys of its own region. Sequences may share keys
-    unless Sq = Sk.
+    rows_q [G, Sq], rows_k [G, Sk] and regions [G, Sq] are for the native and the Triton backend: sequence b G + g
+    consists of those rows of sample b (-1: no key), and with regions a query sees the keys of its own region. Sequences
+    may share keys unless Sq = Sk.
     """
     lengths_q: Tensor | None = None
     lengths_k: Tensor | None = None
@@ -127,8 +125,11 @@ class _Attention(torch.autograd.Function):
             found = _forward(static.name, directions, seed)
         else:
             found = _call_fwd_op(static.name, directions, seed)
+        kept = [results[3] for results in found]
+        if dispatch.choose("attention", tensors[0]) == "triton":
+            kept += [results[0] for results in found]
         ctx.static = static
-        ctx.save_for_backward(seed, *tensors, *(results[3] for results in found))
+        ctx.save_for_backward(seed, *tensors, *kept)
         return tuple(x for results, flags in zip(found, static.flags, strict=True)
                      for x, wanted in zip(results, (True, flags & PROBS, flags & LSE), strict=False) if wanted)
 
@@ -136,8 +137,8 @@ class _Attention(torch.autograd.Function):
     @first_order("attention")
     def backward(ctx, *upstream):
         static, (seed, *tensors) = ctx.static, ctx.saved_tensors
-        count = len(static.flags)
-        tensors, kept = tensors[:-count], tensors[-count:]
+        count = 1 + max(slot for slots in static.slots for slot in slots)
+        tensors, kept = tensors[:count], tensors[count:]
         directions = _unflatten(static, tensors, 0)
         flat, gradients = iter(upstream), []
         for flags in static.flags:
@@ -156,10 +157,11 @@ class _Attention(torch.autograd.Function):
         return None, None, *results
 
 
-def reference_options(direction: Direction, seed: Tensor | None, index: int) -> dict:
-    """Keyword arguments of the primitives in `reference.attention`, which every backend module takes."""
+def module_options(backend: str, direction: Direction, seed: Tensor | None, index: int) -> dict:
+    """Keyword arguments of the primitives of a backend module: those of `reference.attention`, Triton takes tables."""
     o = direction.options
-    return {"lengths_q": o.lengths_q, "lengths_k": o.lengths_k, "key_mask": o.key_mask, "mask": o.mask,
+    tables = {"rows_q": o.rows_q, "rows_k": o.rows_k, "regions": o.regions} if backend == "triton" else {}
+    return tables | {"lengths_q": o.lengths_q, "lengths_k": o.lengths_k, "key_mask": o.key_mask, "mask": o.mask,
             "bias": direction.bias, "prefix": o.prefix, "pair_q": o.pair_q, "pair_k": o.pair_k, "cu_q": o.cu_q,
             "cu_k": o.cu_k, "seed": seed, "scale": direction.scale, "causal": bool(direction.flags & CAUSAL),
             "dropout": direction.dropout, "direction": index,
@@ -177,16 +179,20 @@ def sizes(d: Direction) -> tuple[int, int, int, int]:
     return (d.query if pair is None else pair).shape[0], d.query.shape[2], d.query.shape[1], d.key.shape[1]
 
 
-def out_shapes(d: Direction, size: tuple[int, int, int, int], native: bool) -> tuple:
-    """Shapes of out, probs, lse and the probabilities kept for the backward; None for what is not wanted."""
+def out_shapes(d: Direction, size: tuple[int, int, int, int], backend: str) -> tuple:
+    """Shapes of out, probs, lse and what the forward keeps for the backward; None for what is not wanted.
+
+    The native backend keeps probabilities, Triton two numbers per query (and reads out again).
+    """
     batch, heads, sq, sk = size
-    dv, options = d.value.shape[-1], d.options
-    if options.cu_q is not None:
-        return (*d.query.shape[:2], dv), None, (sq, heads) if d.flags & LSE else None, None
-    if options.rows_q is not None:
-        return (*d.query.shape[:3], dv), None, None, _kept_shape(d, batch, heads, sq, sk) if native else None
-    return ((batch, sq, heads, dv), (batch, heads, sq, sk) if d.flags & PROBS else None,
-            (batch, heads, sq) if d.flags & LSE else None, _kept_shape(d, batch, heads, sq, sk) if native else None)
+    dv, packed, tables = d.value.shape[-1], d.options.cu_q is not None, d.options.rows_q is not None
+    lines, kept = (sq, heads) if packed else (batch, heads, sq), None
+    if backend == "triton":
+        kept = (2, *lines) if d.flags & KEEP else None
+    elif backend == "native" and not packed:
+        kept = _kept_shape(d, batch, heads, sq, sk)
+    return ((*d.query.shape[:-1], dv) if packed or tables else (batch, sq, heads, dv),
+            (batch, heads, sq, sk) if d.flags & PROBS and not packed else None, lines if d.flags & LSE else None, kept)
 
 
 def _kept_shape(d: Direction, batch: int, heads: int, sq: int, sk: int) -> tuple | None:
@@ -230,25 +236,10 @@ def _refuse(name: str, directions: list[Direction]):
     raise ValueError(f"{name}: a length, an offset or an index leaves its stream")
 
 
-def _backend(x: Tensor) -> str:
-    name = dispatch.choose("attention", x)
-    return _present(name) if name == "triton" else name
-
-
-@cache
-def _present(name: str) -> str:
-    try:
-        dispatch.module("attention", name)
-    except ModuleNotFoundError:
-        warnings.warn("attention: the reference runs: this build has no Triton kernels of the family", stacklevel=5)
-        return "reference"
-    return name
-
-
 def _forward(name: str, directions: list[Direction], seed: Tensor | None) -> list[tuple]:
     """[(out, probs, lse, kept)] of each direction, None for what is not wanted."""
     query = directions[0].query
-    backend = _backend(query)
+    backend = dispatch.choose("attention", query)
     if backend != "native":
         return [_forward_elsewhere(name, backend, d, seed, index) for index, d in enumerate(directions)]
     dtype = query.dtype
@@ -256,7 +247,7 @@ def _forward(name: str, directions: list[Direction], seed: Tensor | None) -> lis
     results, calls = [], []
     for index, d in enumerate(directions):
         size = sizes(d)
-        out, probs, lse, kept = out_shapes(d, size, True)
+        out, probs, lse, kept = out_shapes(d, size, "native")
         found = (query.new_empty(out), None if probs is None else query.new_empty(probs),
                  None if lse is None else torch.empty(lse, dtype=wide),
                  None if kept is None else torch.empty(kept, dtype=wide))
@@ -270,13 +261,16 @@ def _forward(name: str, directions: list[Direction], seed: Tensor | None) -> lis
 
 
 def _forward_elsewhere(name: str, backend: str, d: Direction, seed: Tensor | None, index: int) -> tuple:
-    device = d.query.device.type
+    device, flags = d.query.device.type, d.flags
     if device == "cpu":
         check_positions(name, d, index)
+    module, options = dispatch.module("attention", backend), module_options(backend, d, seed, index)
     with torch.autocast(device, enabled=False):
-        out, probs, lse = dispatch.module("attention", backend).forward(
-            d.query, d.key, d.value, **reference_options(d, seed, index))
-    return out, probs if d.flags & PROBS else None, lse if d.flags & LSE else None, None
+        if backend == "triton":
+            return module.forward_with_statistics(*d[:3], bool(flags & PROBS), bool(flags & LSE), bool(flags & KEEP),
+                                                  **options)
+        out, probs, lse = module.forward(*d[:3], **options)
+    return out, probs if flags & PROBS else None, lse if flags & LSE else None, None
 
 
 def _backward(name: str, gradients, directions: list[Direction], seed: Tensor | None, kept, needs) -> list[tuple]:
@@ -285,17 +279,9 @@ def _backward(name: str, gradients, directions: list[Direction], seed: Tensor | 
     `gradients` are (d_out, d_probs, d_lse) and `needs` four bools of each direction.
     """
     query = directions[0].query
-    # what the native forward kept only the native backward can read
-    keeps = any(k is not None and k.numel() for k in kept)
-    backend = "native" if keeps else _backend(query)
+    backend = _backward_backend(query, kept, len(directions))
     if backend != "native":
-        results = []
-        with torch.autocast(query.device.type, enabled=False):
-            for index, (d, upstream) in enumerate(zip(directions, gradients, strict=True)):
-                results.append(dispatch.module("attention", backend).backward(
-                    *upstream, d.query, d.key, d.value, **reference_options(d, seed, index)))
-        return [tuple(g if need else None for g, need in zip(found, wanted, strict=True))
-                for found, wanted in zip(results, needs, strict=True)]
+        return _backward_elsewhere(backend, gradients, directions, seed, kept, needs)
     results, calls, alive = [], [], []
     for index, (d, (d_out, d_probs, d_lse), wanted) in enumerate(zip(directions, gradients, needs, strict=True)):
         dtype = d.query.dtype
@@ -317,6 +303,28 @@ def _backward(name: str, gradients, directions: list[Direction], seed: Tensor | 
         _refuse(name, directions)
     return [tuple(g if g is None or g.dtype == x.dtype else g.to(x.dtype) for g, x in zip(found, d[:4], strict=True))
             for found, d in zip(results, directions, strict=True)]
+
+
+def _backward_backend(query: Tensor, kept, directions: int) -> str:
+    """The backend whose forward has kept something, since only it can read that; else the chosen one."""
+    if len(kept) > directions:
+        return "triton"
+    if any(x is not None and x.numel() for x in kept):
+        return "native"
+    return dispatch.choose("attention", query)
+
+
+def _backward_elsewhere(backend: str, gradients, directions: list[Direction], seed, kept, needs) -> list[tuple]:
+    module, results = dispatch.module("attention", backend), []
+    with torch.autocast(directions[0].query.device.type, enabled=False):
+        for index, (d, upstream, need) in enumerate(zip(directions, gradients, needs, strict=True)):
+            options = module_options(backend, d, seed, index)
+            if backend == "triton":
+                saved = (kept[len(directions) + index], kept[index]) if len(kept) > len(directions) else None
+                options |= {"saved": saved, "needs": need}
+            found = module.backward(*upstream, *d[:3], **options)
+            results.append(tuple(g if wanted else None for g, wanted in zip(found, need, strict=True)))
+    return results
 
 
 # The same as ops of torch.library, in flat lists: for compilers and tracers
@@ -359,12 +367,12 @@ def _fwd(inputs, bias, options, seed, scale, dropout, flags, name):
 
 
 def _fwd_fake(inputs, bias, options, seed, scale, dropout, flags, name):
-    is_native = dispatch.choose("attention", inputs[0]) == "native"
+    backend = dispatch.choose("attention", inputs[0])
     dtype = inputs[0].dtype
     wide = torch.promote_types(dtype, torch.float32)
     results = []
     for d in _per_direction(inputs, bias, options, scale, dropout, flags):
-        for shape, kind in zip(out_shapes(d, sizes(d), is_native), (dtype, dtype, wide, wide), strict=True):
+        for shape, kind in zip(out_shapes(d, sizes(d), backend), (dtype, dtype, wide, wide), strict=True):
             results.append(inputs[0].new_empty(0) if shape is None else inputs[0].new_empty(shape, dtype=kind))
     return results
 

@@ -18,8 +18,8 @@ def window_attention(qkv: Tensor, bias: Tensor | None = None, *, window, shift=0
     r"""Self-attention within (shifted) windows of a grid, from and to the grid's own layout.
 
     Equivalent to: roll the grid by -shift, cut it into windows, attend within each window with the relative bias and
-    the mask of the regions that the roll brought together, put the windows back and roll by shift. The native kernel
-    rolls, cuts and masks nothing in memory.
+    the mask of the regions that the roll brought together, put the windows back and roll by shift. The native and the
+    Triton kernels roll, cut and mask nothing in memory.
 
     Args:
         qkv:  [B, h, w, 3, H, D] or [B, t, h, w, 3, H, D] float32, bfloat16, float16 or float64: a Linear's output,
@@ -58,9 +58,9 @@ def window_attention(qkv: Tensor, bias: Tensor | None = None, *, window, shift=0
     scale = check_scale(op, scale, width)
     dropout = check_rate(op, "dropout", dropout)
     seed = draw_seed(op, seed, qkv, dropout > 0)
-    if dispatch.choose("attention", qkv) == "native":
+    if dispatch.choose("attention", qkv) != "reference":
         cached = needs_no_op(qkv)
-        rows, regions = (_window_index if cached else reference.window_index)(size, window, shift)
+        rows, regions = (_window_index if cached else reference.window_index)(size, window, shift, qkv.device)
         query, key, value = qkv.flatten(1, len(size)).unbind(2)
         options = Options(rows_q=rows, rows_k=rows, regions=regions if any(shift) else None)
         bias = None if bias is None else bias[None]
@@ -72,8 +72,8 @@ def window_attention(qkv: Tensor, bias: Tensor | None = None, *, window, shift=0
 
 
 @cache
-def _window_index(size, window, shift) -> tuple[Tensor, Tensor]:
-    rows, regions = reference.window_index(size, window, shift)
+def _window_index(size, window, shift, device) -> tuple[Tensor, Tensor]:
+    rows, regions = reference.window_index(size, window, shift, device)
     return rows.contiguous(), regions.contiguous()
 
 
@@ -149,13 +149,13 @@ def axial_attention(query: Tensor, key: Tensor, value: Tensor, *, text_len: int,
     scale = check_scale(op, scale, query.shape[3])
     dropout = check_rate(op, "dropout", dropout)
     seed = draw_seed(op, seed, query, dropout > 0)
-    if dispatch.choose("attention", query) == "native":
-        return _axial_native(query, key, value, text_len, (height, width), mode, kernel, scale, dropout, seed)
+    if dispatch.choose("attention", query) != "reference":
+        return _axial_groupwise(query, key, value, text_len, (height, width), mode, kernel, scale, dropout, seed)
     return reference.axial_attention(query, key, value, text_len=text_len, grid=(height, width), mode=mode,
                                      kernel=kernel, scale=scale, dropout=dropout, seed=seed)
 
 
-def _axial_native(query, key, value, text_len, grid, mode, kernel, scale, dropout, seed) -> Tensor:
+def _axial_groupwise(query, key, value, text_len, grid, mode, kernel, scale, dropout, seed) -> Tensor:
     """Text reads text, and a few lines of the image at a time read the text and the union of what they see."""
     op, causal = "axial_attention", Direction(query, key, value, None, Options(), scale, dropout, CAUSAL)
     if mode == "full" or grid[0] * grid[1] == 0:
@@ -163,9 +163,9 @@ def _axial_native(query, key, value, text_len, grid, mode, kernel, scale, dropou
     cached = needs_no_op(query)
     if dropout:
         # the draws belong to positions of the whole sequence
-        mask = (_axial_mask if cached else reference.axial_mask)(text_len, grid, mode, kernel)[None, None]
+        mask = (_axial_mask if cached else reference.axial_mask)(text_len, grid, mode, kernel, query.device)[None, None]
         return run(op, [Direction(query, key, value, None, Options(mask=mask), scale, dropout, 0)], seed)[0][0]
-    rows_q, rows_k, mask = (_axial_groups if cached else axial_groups)(text_len, grid, mode, kernel)
+    rows_q, rows_k, mask = (_axial_groups if cached else axial_groups)(text_len, grid, mode, kernel, query.device)
     options = Options(rows_q=rows_q, rows_k=rows_k, mask=mask)
     image = Direction(query[:, text_len:], key, value, None, options, scale, 0.0, 0)
     if not text_len:
@@ -175,15 +175,16 @@ def _axial_native(query, key, value, text_len, grid, mode, kernel, scale, dropou
     return torch.cat([out_text, out_image], 1)
 
 
-def axial_groups(text_len: int, grid: tuple[int, int], mode: str, kernel: int) -> tuple[Tensor, Tensor, Tensor]:
+def axial_groups(text_len: int, grid: tuple[int, int], mode: str, kernel: int,
+                 device=None) -> tuple[Tensor, Tensor, Tensor]:
     """For each group of lines: rows of its queries [G, Nq] and keys [G, Nk], -1 for none, and mask [G, 1, Nq, Nk]."""
     height, width = grid
-    at = torch.arange(height * width).view(height, width)
+    at = torch.arange(height * width, device=device).view(height, width)
     lines = at.T if mode == "col" else at
     # about 64 queries share one reading of the text
     count = max(n for n in range(1, len(lines) + 1) if len(lines) % n == 0 and n <= max(1, 64 // lines.shape[1]))
     rows_q = lines.reshape(len(lines) // count, -1).contiguous()
-    seen = reference.axial_mask(0, grid, mode, kernel)[rows_q]  # [G, Nq, N]
+    seen = reference.axial_mask(0, grid, mode, kernel, device)[rows_q]  # [G, Nq, N]
     used = seen.any(1)
     above = {"row": 1, "row_only": 0, "col": 0, "conv": kernel // 2, "corner": kernel - 1}[mode]
     width_k = min(count + above, len(lines)) * lines.shape[1]
@@ -191,7 +192,7 @@ def axial_groups(text_len: int, grid: tuple[int, int], mode: str, kernel: int) -
     missing = order == height * width
     keys = order.masked_fill(missing, 0)
     mask = seen.gather(2, keys[:, None].expand(-1, rows_q.shape[1], -1)) & ~missing[:, None]
-    text = torch.arange(text_len).expand(len(rows_q), -1)
+    text = torch.arange(text_len, device=device).expand(len(rows_q), -1)
     rows_k = torch.cat([text, (keys + text_len).masked_fill(missing, -1)], 1)
     if rows_k.shape == rows_q.shape:
         # one more column, which is no key: equal sizes would say that no key is shared

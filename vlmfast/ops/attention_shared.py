@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import _native
 from . import attention_native as native
 from . import dispatch
+from .attention_call import LSE, PROBS, Direction, Options, run
 from .attention_checks import (
     check_bias,
     check_integers,
@@ -84,10 +85,20 @@ def bi_attention(query_b: Tensor, key_a: Tensor, value_a: Tensor, value_b: Tenso
     scale = check_scale(op, scale, width)
     dropout_a, dropout_b = check_rate(op, "dropout_a", dropout_a), check_rate(op, "dropout_b", dropout_b)
     seed = draw_seed(op, seed, query_b, dropout_a > 0 or dropout_b > 0)
+    backend = dispatch.choose("attention", query_b)
+    if backend == "triton":
+        # two kernels that compute the scores once each: a mask of queries is a plane of pairs
+        over_b = Options(lengths_a, lengths_b, mask_b, None if mask_a is None else mask_a[:, None, :, None])
+        over_a = Options(lengths_b, lengths_a, mask_a, None if mask_b is None else mask_b[:, None, :, None])
+        flags = PROBS * return_probs | LSE * return_lse
+        a = Direction(key_a, query_b, value_b, None if bias is None else bias.mT, over_b, scale, dropout_a, flags)
+        b = Direction(query_b, key_a, value_a, bias, over_a, scale, dropout_b, flags)
+        (out_a, probs_a, lse_a), (out_b, probs_b, lse_b) = run(op, [a, b], seed)
+        return BiAttention(out_a, out_b, probs_a, probs_b, lse_a, lse_b)
     live_a = _live(op, "lengths_a", lengths_a, mask_a, sa)
     live_b = _live(op, "lengths_b", lengths_b, mask_b, sb)
     rates = scale, dropout_a, dropout_b
-    if bias is not None or return_probs or dispatch.choose("attention", query_b) != "native":
+    if bias is not None or return_probs or backend != "native":
         found = reference.bi_attention(query_b, key_a, value_a, value_b, live_a=live_a, live_b=live_b, bias=bias,
                                        scale=scale, dropout_a=dropout_a, dropout_b=dropout_b, seed=seed)
         return BiAttention(*found[:2], *(found[2:4] if return_probs else (None, None)),

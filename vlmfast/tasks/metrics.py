@@ -34,19 +34,27 @@ def best_ranks(query: Tensor, candidate: Tensor, query_ids: Tensor, candidate_id
     if query.ndim != 2 or candidate.ndim != 2 or query.shape[1] != candidate.shape[1]:
         raise ValueError(f"best_ranks: query is {list(query.shape)}, candidate is {list(candidate.shape)}; "
                          "must be [N, D] and [M, D]")
-    for name, ids, rows in (("query_ids", query_ids, len(query)), ("candidate_ids", candidate_ids, len(candidate))):
-        if ids.shape != (rows,):
-            raise ValueError(f"best_ranks: {name} is {list(ids.shape)}, must be [{rows}]")
+    _check_ids("best_ranks", query_ids=(query_ids, len(query)), candidate_ids=(candidate_ids, len(candidate)))
     ranks = torch.empty(len(query), dtype=torch.long, device=query.device)
     for start in range(0, len(query), chunk):
         rows = slice(start, start + chunk)
-        scores = query[rows] @ candidate.T
-        correct = query_ids[rows, None] == candidate_ids
-        best = scores.masked_fill(~correct, -torch.inf).amax(1, keepdim=True)
-        rank = ((scores >= best) & ~correct).sum(1)
-        usable = correct.any(1) & scores.isfinite().all(1)
-        ranks[rows] = torch.where(usable, rank, len(candidate))
+        ranks[rows] = score_ranks(query[rows] @ candidate.T, query_ids[rows], candidate_ids)
     return ranks
+
+
+def score_ranks(scores: Tensor, query_ids: Tensor, candidate_ids: Tensor) -> Tensor:
+    """`best_ranks` from scores [N, M], a higher one fits better."""
+    correct = query_ids[:, None] == candidate_ids
+    best = scores.masked_fill(~correct, -torch.inf).amax(1, keepdim=True)
+    rank = ((scores >= best) & ~correct).sum(1)
+    usable = correct.any(1) & scores.isfinite().all(1)
+    return torch.where(usable, rank, scores.shape[1])
+
+
+def _check_ids(where: str, **wanted: tuple[Tensor, int]) -> None:
+    for name, (ids, rows) in wanted.items():
+        if ids.shape != (rows,):
+            raise ValueError(f"{where}: {name} is {list(ids.shape)}, must be [{rows}]")
 
 
 def chance_recall(query_ids: Tensor, candidate_ids: Tensor, k: int) -> float:
@@ -109,18 +117,49 @@ def recall_at_k(image: Tensor, text: Tensor, ks: Sequence[int] = (1, 5, 10), *, 
     Raises:
         ValueError: shapes do not fit, or a k is under 1.
     """
-    if any(k < 1 for k in ks):
-        raise ValueError(f"recall_at_k: ks is {list(ks)}, must be 1 or more")
-    if (image_ids is None) != (text_ids is None):
-        raise ValueError("recall_at_k: give both image_ids and text_ids, or neither")
-    if image_ids is None:
-        if len(image) != len(text):
-            raise ValueError(f"recall_at_k: text has {len(text)} rows, image has {len(image)}; give ids")
-        image_ids = text_ids = torch.arange(len(image), device=image.device)
+    image_ids, text_ids = _pair_ids("recall_at_k", len(image), len(text), ks, image_ids, text_ids, image.device)
     image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
-    image_ranks = best_ranks(image, text, image_ids, text_ids)
-    text_ranks = best_ranks(text, image, text_ids, image_ids)
+    return _report(best_ranks(image, text, image_ids, text_ids), best_ranks(text, image, text_ids, image_ids),
+                   image_ids, text_ids, ks)
 
+
+def recall_of_scores(scores: Tensor, ks: Sequence[int] = (1, 5, 10), *, text_ids: Tensor | None = None,
+                     image_ids: Tensor | None = None) -> RecallReport:
+    """`recall_at_k` from the scores of all pairs, for models that read text and picture together.
+
+    Args:
+        scores: [M, N], text by image, a higher one fits better.
+        ks, text_ids, image_ids: see `recall_at_k`; ids are [M] and [N].
+
+    Raises:
+        ValueError: shapes do not fit, or a k is under 1.
+    """
+    if scores.ndim != 2:
+        raise ValueError(f"recall_of_scores: scores is {list(scores.shape)}, must be [texts, images]")
+    texts, images = scores.shape
+    image_ids, text_ids = _pair_ids("recall_of_scores", images, texts, ks, image_ids, text_ids, scores.device)
+    _check_ids("recall_of_scores", text_ids=(text_ids, texts), image_ids=(image_ids, images))
+    return _report(score_ranks(scores.T, image_ids, text_ids), score_ranks(scores, text_ids, image_ids), image_ids,
+                   text_ids, ks)
+
+
+def _pair_ids(where: str, images: int, texts: int, ks: Sequence[int], image_ids: Tensor | None,
+              text_ids: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The given ids, or those that pair row i with row i."""
+    if any(k < 1 for k in ks):
+        raise ValueError(f"{where}: ks is {list(ks)}, must be 1 or more")
+    if (image_ids is None) != (text_ids is None):
+        raise ValueError(f"{where}: give both image_ids and text_ids, or neither")
+    if image_ids is not None:
+        return image_ids, text_ids
+    if images != texts:
+        raise ValueError(f"{where}: text has {texts} rows, image has {images}; give ids")
+    ids = torch.arange(images, device=device)
+    return ids, ids
+
+
+def _report(image_ranks: Tensor, text_ranks: Tensor, image_ids: Tensor, text_ids: Tensor,
+            ks: Sequence[int]) -> RecallReport:
     def recalls(ranks: Tensor) -> dict[int, float]:
         return {k: (ranks < k).double().mean().item() if len(ranks) else 0.0 for k in ks}
 

@@ -131,8 +131,9 @@ class Trainer:
             self.seconds += time.perf_counter() - start
         self.save()
 
-    def add_gradient(self, batch: tuple[Tensor, ...], factor: Tensor) -> tuple[Tensor, dict]:
-        """Adds the gradient of the batch's loss, times `factor`; returns the loss [] and figures for the log."""
+    def add_gradient(self, batch: tuple, factor: Tensor) -> tuple[Tensor, dict]:
+        """Adds the gradient of the batch's loss, times `factor`; returns the loss [] and figures for the log, those
+        under "parts" also for the progress bar."""
         loss, accuracy = accumulate_gradient(self.wrapped, *batch, self.objective, self.config.accumulate,
                                              autocast=self._autocast, loss_factor=factor)
         return loss, {"accuracy": accuracy}
@@ -142,6 +143,10 @@ class Trainer:
         with torch.no_grad():
             self.model.logit_scale.clamp_(0.0, math.log(100.0))
         return {"logit_scale": self.model.logit_scale.exp().item()}
+
+    def examples(self, batch: tuple) -> int:
+        """How many of them a batch has."""
+        return len(batch[0])
 
     def _train_step(self, batch, epoch: int, bar) -> None:
         start = time.perf_counter()
@@ -171,8 +176,10 @@ class Trainer:
 
         elapsed = time.perf_counter() - start
         self.seconds += elapsed
-        count = len(batch[0]) * self.process.world
-        bar.set_postfix(loss=f"{value:.3f}", refresh=False)
+        count = self.examples(batch) * self.process.world
+        parts = figures.get("parts", {})
+        bar.set_postfix(loss=f"{value:.3f}", refresh=False,
+                        **{name: f"{x:.3f}" for name, x in parts.items() if len(parts) > 1})
         bar.update(count)
         if self.process.first and (self.step % config.log_every == 0 or self.step == self.total):
             self.log.write(step=self.step, epoch=epoch + 1, loss=value, lr=lr, **figures,
