@@ -46,7 +46,7 @@ def golden(shared_dir):
 
 @pytest.fixture(scope="session")
 def golden_close():
-    """The rule of the reference numbers: slice by slice, max |a - b| <= tolerance * max(max |b_slice|, max |b| / 1e3)."""
+    """The rule of the reference numbers: slice by slice, max |a - b| <= tolerance * max(|b_slice|, |b| / 1000)."""
 
     def check(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 2e-5) -> None:
         assert ours.shape == theirs.shape, f"shape {tuple(ours.shape)}, must be {tuple(theirs.shape)}"
