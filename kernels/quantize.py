@@ -41,10 +41,9 @@ class Tile(NamedTuple):
 
 def tile_for(step: str, dtype: torch.dtype, width: int) -> Tile:
     """Tile of "forward" or "backward", which ahead-of-time compilation shows to fit the registers."""
-    columns = max(triton.next_power_of_2(width), 16)
+    columns, forward = max(triton.next_power_of_2(width), 16), step == "forward"
     if dtype != torch.float32:
-        return Tile(64, 32, min(columns, 128), 64, 8, stages=2)
-    forward = step == "forward"
+        return Tile(64, 32, min(columns, 128), 64, 8, stages=2 if forward else 3)
     return Tile(32, 32, min(columns, 64 if forward else 32), 32, 8, stages=2 if forward else 1)
 
 
