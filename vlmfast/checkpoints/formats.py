@@ -48,7 +48,7 @@ class Format:
         model_type: in config.json.
         keys: parts of tensor names that no file of another format, or of a later one in the table, has.
         files: what a folder without config.json holds, each file under one of its names.
-        parts: how many further files the model may have.
+        parts: whether a model may have further files.
         huggingface: its folders are transformers' too.
         wordpiece: its texts are split by a WordPieceTokenizer.
     """
@@ -60,7 +60,7 @@ class Format:
     model_type: str = ""
     keys: tuple[bytes, ...] = ()
     files: tuple[tuple[str, ...], ...] = ()
-    parts: int = 0
+    parts: bool = False
     huggingface: bool = False
     wordpiece: bool = False
 
@@ -90,7 +90,7 @@ FORMATS: dict[str, Format] = {
     "flava": Format(DVAE, dvae.load_flava, dvae.save, dvae.FLAVA_TYPE, dvae.FLAVA_TYPE,
                     (b"blocks.group_1.group.block_1.",), huggingface=True),
     "openai-dvae": Format(DVAE, dvae.load_openai, dvae.save, dvae.DVAE_TYPE, dvae.DVAE_TYPE,
-                          (b"blocks.group_1.block_1.", b"dall_e.encoder"), files=(dvae.PICKLES[:1],), parts=1),
+                          (b"blocks.group_1.block_1.", b"dall_e.encoder"), files=(dvae.PICKLES[:1],), parts=True),
     "taming": Format(VQGAN, vqgan.load_taming, vqgan.save, vqgan.MODEL_TYPE, vqgan.MODEL_TYPE, (b"quantize.embed",)),
     "min-dalle-vqgan": Format(VQGAN, vqgan.load_min_dalle, vqgan.save, vqgan.MODEL_TYPE,
                               keys=(b"decoder.up.0.block.0.",)),

@@ -123,7 +123,7 @@ def load(
         kind = BY_MODEL_TYPE.get(str(read_json(path / "config.json").get("model_type")))
         format = kind if kind and FORMATS[kind].huggingface else format
     entry = FORMATS.get(format)
-    if len(parts) > (entry.parts if entry else 0):
+    if parts and not (entry and entry.parts):
         raise ValueError(f"load: {len(parts) + 1} files, must be one: {path} is {format}, only an openai-dvae has two")
     if entry is not None:
         if image_size is not None or quick_gelu is not None:

@@ -130,6 +130,7 @@ def save_transformer(model: DALLE, folder: Path) -> None:
 
     with atomic_folder(folder) as stage:
         dalle.save(model, stage)
+        model.tokenizer.save(stage)
 
 
 def _plain(model: nn.Module) -> DALLE:
