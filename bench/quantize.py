@@ -233,9 +233,14 @@ def floors(workload: Workload) -> list[Floor]:
 
 
 def extras(settings: Settings, device: str) -> Iterator[Row | Skip]:
-    """The ops at their own sizes, and the peak memory of forward and backward in a fresh process."""
-    for op, shape in (QUICK_OTHERS if settings.quick else OTHERS).items():
-        rows, skips = measure_group(sys.modules[__name__], Workload(op, shape, device=device), settings)
+    """The ops at their own sizes, a DiscreteVAE's step beside its quantizer alone, and the peak memory of forward and
+    backward in a fresh process."""
+    from . import quantize_step
+
+    own, step = sys.modules[__name__], quantize_step.QUICK_SHAPE if settings.quick else quantize_step.SHAPE
+    groups = [(own, op, shape) for op, shape in (QUICK_OTHERS if settings.quick else OTHERS).items()]
+    for family, op, shape in [*groups, (own, "soft_kl", step), (quantize_step, quantize_step.OP, step)]:
+        rows, skips = measure_group(family, Workload(op, shape, device=device), settings)
         yield from rows
         yield from skips
     workload = Workload("soft_kl", (QUICK_SHAPES if settings.quick else SHAPES)[0], device=device)
@@ -262,7 +267,11 @@ def targets(rows: Sequence[Row]) -> list[Target]:
             size = logits_bytes(Workload(row.op, tuple(row.shape), row.dtype))
             found.append(Target(f"peak extra memory over the logits, {_place(row)}", row.peak_extra_bytes / size, "<=",
                                 1.3))
-    for group in groups.values():
+    for (op, *where), group in groups.items():
+        alone = groups.get(("soft_kl", *where), {})
+        found += [Target(f"share of a DiscreteVAE's step in the quantizer, {peer}, {_place(row)}",
+                         alone[peer].min_s / row.min_s, "<=", None)
+                  for peer, row in group.items() if op == "dvae_step" and peer in alone]
         ours = group.get(OURS)
         for rival, limit in _limits(ours.op, ours.shape[3]) if ours else ():
             if rival in group:
@@ -276,6 +285,8 @@ def _place(row: Row) -> str:
 
 @functools.cache
 def _limits(op: str, width: int) -> tuple[tuple[str, float], ...]:
+    if op == "dvae_step":
+        return ()
     if width > 128:  # bound by the matrix products
         return {"soft_fwd": ((EAGER, 2.0),), "soft": ((EAGER, 2.0),), "encode_indices": ((CONVOLUTION, 1.0),),
                 "vector_quantize": ((DISTANCES, 1.0),)}.get(op, ())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import harness, quantize
+from bench import harness, quantize, quantize_step
 from bench.harness import Row, Settings, Step, Workload
 from vlmfast.ops import gumbel_noise, gumbel_quantize
 
@@ -79,3 +79,26 @@ def test_targets_come_from_the_rows():
     assert {op for op, _ in found} == {"soft_fwd", "hard_fwd", "soft", "soft_kl"}
     assert found["soft_kl", "<="].value == 3 and found["soft_kl", "<="].met is False
     assert all(target.value > 0 for target in found.values())
+
+
+def test_share_of_a_training_step():
+    shape, settings, rows = (1, 64, 4, 16), Settings(repeats=1, quick=True), []
+    for family, op in ((quantize, "soft_kl"), (quantize_step, quantize_step.OP)):
+        found, skips = harness.measure_group(family, Workload(op, shape), settings)
+        assert not any(skip.failed for skip in skips)
+        rows += found
+    shares = {target.figure: target.value for target in quantize.targets(rows) if "share" in target.figure}
+    assert len(shares) == 2 and all(0 < share < 1.5 for share in shares.values())
+    assert any(quantize.OURS in figure for figure in shares) and any(quantize.DALLE_KL in figure for figure in shares)
+
+
+def test_both_steps_have_the_gradient_of_every_weight(monkeypatch):
+    monkeypatch.setattr(quantize, "exponential_noise", same_noise)
+    monkeypatch.setattr("vlmfast.models.dvae.gumbel_quantize",
+                        lambda *given, seed=None, **options: gumbel_quantize(*given, seed=3, **options))
+    workload = Workload(quantize_step.OP, (1, 64, 4, 16))
+    tensors = quantize_step.inputs(workload)
+    ours, eager = (Step(peer.make(workload), tensors)() for peer in quantize_step.peers(workload))
+    assert len(ours[1]) == len(tensors) - 1 == len(eager[1])
+    for a, b in zip([*ours[0], *ours[1]], [*eager[0], *eager[1]], strict=True):
+        assert harness.relative_error(a, b) < 2e-5

@@ -25,7 +25,7 @@ CONCEPTS = 192
 BATCH = 64
 MAX_TEXT = 32  # tokens of a caption; longer ones are cut
 SHOWN, DRAWN = 8, 4  # captions on a sheet, and pictures drawn from each
-DVAE_EPOCHS, DALLE_EPOCHS = 30, 16
+DVAE_EPOCHS, DALLE_EPOCHS = 20, 10
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Drawing:
         # the paper's, app. A.2 and B.2, with the learning rates of small models and short runs
         common = TrainConfig(seed=seed, warmup=0.05)
         return cls(train, held_out, seed, dvae, dalle,
-                   replace(common, epochs=DVAE_EPOCHS, lr=3e-3, beta2=0.999, eps=1e-8, weight_decay=1e-4, ema=0.99),
+                   replace(common, epochs=DVAE_EPOCHS, lr=6e-3, beta2=0.999, eps=1e-8, weight_decay=1e-4, ema=0.99),
                    replace(common, epochs=DALLE_EPOCHS, lr=2e-3, beta2=0.96, eps=1e-8, weight_decay=4.5e-2, ema=0.99))
 
     def describe(self) -> str:
@@ -135,7 +135,7 @@ class Drawing:
         loader = self._loader(torch.ones(len(self.train), 1, dtype=torch.int64), 2)
 
         def make(model: nn.Module, config: TrainConfig, bar: bool) -> Trainer:
-            objective = DVAEObjective("mse", kl_weight=0.0, tau=1.0, tau_end=1 / 16, tau_anneal=0.75)
+            objective = DVAEObjective("mse", kl_weight=0.3, kl_anneal=0.0, tau=1.0, tau_end=1 / 16)
             return DVAETrainer(model, loader, config, objective, device="cpu", progress=bar)
 
         result, self.dvae_config = self._run("dvae", self.dvae, make, self.dvae_config, loader, seconds, progress)
