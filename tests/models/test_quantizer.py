@@ -87,3 +87,44 @@ def test_bad_settings_are_named():
         VectorQuantizer(5, 3, decay=0.9, legacy=True)
     with pytest.raises(ValueError, match="indices reach from 0 to 5, they must lie between 0 and 4"):
         VectorQuantizer(5, 3).decode(torch.tensor([[[0, 5]]]))
+
+
+def gradients(z, loss, upstream, leaves):
+    return torch.autograd.grad((z * upstream).sum() + loss, leaves)
+
+
+@pytest.mark.parametrize("case, legacy", [("vq", True), ("vq2_legacy", True), ("vq2_fixed", False)])
+def test_nearest_codes_match_taming(golden, golden_close, case, legacy):
+    weights, inputs, outputs, meta = golden(f"generative/taming_quantize__{case}")
+    args = meta["config"]["args"]
+    layer = VectorQuantizer(args["n_e"], args["e_dim"], args["beta"], legacy)
+    layer.load_state_dict(weights)
+    x = inputs["z"].requires_grad_()
+    found = layer(x)
+    assert torch.equal(found.indices.flatten(), outputs["indices"].flatten())
+    golden_close(found.z, outputs["z_q"])
+    golden_close(layer.decode(found.indices), outputs["codebook_entry"])
+    golden_close(found.loss, outputs["loss"])
+    d_x, d_codebook = gradients(found.z, found.loss, inputs["grad_z_q"], (x, layer.embedding.weight))
+    golden_close(d_x, outputs["grad.z"])
+    golden_close(d_codebook, outputs["grad.codebook"])
+
+
+@pytest.mark.parametrize("case", ["gumbel_soft", "gumbel_hard"])
+def test_gumbel_codes_match_taming(golden, golden_close, case):
+    weights, inputs, outputs, meta = golden(f"generative/taming_quantize__{case}")
+    args = meta["config"]["args"]
+    layer = GumbelQuantizer(args["num_hiddens"], args["n_embed"], args["embedding_dim"], meta["config"]["temp"],
+                            straight_through=args["straight_through"])
+    layer.load_state_dict(weights)
+    x = inputs["z"].requires_grad_()
+    golden_close(layer.proj(x), outputs["logits"])
+    found = layer(x, noise=inputs["gumbel"])
+    assert torch.equal(found.indices, outputs["indices"])
+    golden_close(found.z, outputs["z_q"])
+    golden_close(found.kl, outputs["loss"])
+    leaves = x, layer.embed.weight, layer.proj.weight
+    found = gradients(found.z, found.kl, inputs["grad_z_q"], leaves)
+    golden_close(found[0], outputs["grad.z"])
+    golden_close(found[1], outputs["grad.codebook"])
+    golden_close(found[2], outputs["grad.proj.weight"], 5e-5)

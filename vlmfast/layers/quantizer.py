@@ -99,14 +99,14 @@ class GumbelQuantizer(nn.Module):
         self.proj = nn.Conv2d(channels, codes, 1)
         self.embed = nn.Embedding(codes, width)
 
-    def forward(self, x: Tensor, tau: float | None = None, seed=None) -> Quantized:
+    def forward(self, x: Tensor, tau: float | None = None, seed=None, noise: Tensor | None = None) -> Quantized:
         """x [B, channels, H, W] -> (z [B, width, H, W], indices [B, H, W], kl []).
 
         Outside training single codes are drawn whatever `straight_through` says. `kl` is weighted.
         """
         mode = "straight_through" if self.straight_through or not self.training else "soft"
         return gumbel_quantize(self.proj(x), self.embed.weight, tau=self.tau if tau is None else tau, mode=mode,
-                               kl_weight=self.kl_weight, seed=seed)
+                               kl_weight=self.kl_weight, seed=seed, noise=noise)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
