@@ -14,6 +14,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+import torch
 from picture_packs import group_entries, plain_text, read_pack, split_groups
 from PIL import Image
 
@@ -57,9 +58,13 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     set_threads(args.threads)
+    torch.set_flush_denormal(True)  # unused words' second moments fade into slow subnormal numbers
     command = f"python examples/draw_pictures.py --data {args.data.name} --threads {args.threads}"
-    return write(Drawing.prepare(args.seed, stamps(args.data, args.seed)), args.out, command, collect(), args.seconds,
-                 not args.no_progress)
+    try:
+        return write(Drawing.prepare(args.seed, stamps(args.data, args.seed)), args.out, command, collect(),
+                     args.seconds, not args.no_progress)
+    finally:
+        torch.set_flush_denormal(False)
 
 
 if __name__ == "__main__":
