@@ -48,7 +48,7 @@ aot: $(VENV)/tested
 	$(BIN)/python -m vlmfast.kernels.aot --jobs 2
 
 bench: $(VENV)/tested
-	for family in info_nce attention alignment models; do $(BIN)/python -m bench $$family || exit 1; done
+	for family in info_nce attention alignment quantize models decoding; do $(BIN)/python -m bench $$family || exit 1; done
 
 wheel: $(VENV)/tested
 	$(BIN)/python -m build --wheel --no-isolation

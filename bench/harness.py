@@ -1,6 +1,7 @@
 """Measures the peers of one op next to each other: same process, same inputs, one call each in turn.
 
-A family module (see README.md) supplies inputs, peers, floors and the float64 truth; everything else is here.
+A family module (see README.md) supplies inputs, peers, floors and the float64 truth (None for random results);
+everything else is here.
 """
 
 from __future__ import annotations
@@ -302,7 +303,10 @@ def measure_group(
         on_stage(peer.name)
         try:
             step = Step(peer.make(workload), inputs)
-            row = Row.of("time", family.NAME, workload, peer, floor=peer.floor, error=errors(step(), truth))
+            found = step()
+            row = Row.of("time", family.NAME, workload, peer, floor=peer.floor,
+                         error={} if truth is None else errors(found, truth))
+            del found
             row.saved_bytes = memory.saved_bytes(step.outputs)
             row.peak_extra_bytes = memory.peak_rise(step, workload.device)
             if row.peak_extra_bytes is None:

@@ -110,7 +110,8 @@ def _error_table(rows: Sequence[Row]) -> str:
     """Relative errors do not depend much on threads: the first row of every op, size, dtype and peer stands for all."""
     first: dict[tuple, Row] = {}
     for row in rows:
-        first.setdefault((row.op, tuple(row.shape), row.dtype, row.peer), row)
+        if row.error:  # random results have none
+            first.setdefault((row.op, tuple(row.shape), row.dtype, row.peer), row)
     names = list(dict.fromkeys(name for row in first.values() for name in row.error))
     body = [
         [

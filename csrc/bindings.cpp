@@ -7,16 +7,20 @@
 
 #include "cpu/alignment.h"
 #include "cpu/attention.h"
+#include "cpu/decoding.h"
 #include "cpu/dispatch.h"
 #include "cpu/info_nce.h"
 #include "cpu/parallel.h"
+#include "cpu/quantize.h"
 
 namespace py = pybind11;
 using namespace vlmfast;
 using vlmfast::cpu::Attention;
 using vlmfast::cpu::BiAttention;
+using vlmfast::cpu::Grid;
 using vlmfast::cpu::Pairs;
 using vlmfast::cpu::Plane;
+using vlmfast::cpu::Quantize;
 using vlmfast::cpu::Stream;
 
 namespace {
@@ -162,6 +166,40 @@ int attention_run(const Attention& first, const Attention* second, int threads) 
   return kernel(calls, second ? 2 : 1, threads);
 }
 
+// batch, positions, vocabulary, width
+using QuantizeSizes = std::array<int64_t, 4>;
+
+Quantize quantize(const QuantizeSizes& sizes, const Grid& logits, const Grid& given, bool draws, uint64_t seed,
+                  uint64_t offset, Address codebook, double tau, int threads, Address z, Address indices, Address lse,
+                  Address plain, Address expected) {
+  auto [batch, positions, vocabulary, width] = sizes;
+  return {batch, positions, vocabulary, width, logits, given, draws, seed, offset, at<void>(codebook), tau, threads,
+          at<void>(z), at<int64_t>(indices), at<void>(lse), at<void>(plain), at<void>(expected)};
+}
+
+void quantize_bwd(const Quantize& call, Address d_z, Address mean_code, Address plain_code, double gain,
+                  double kl, double plain_gain, const Grid& d_logits, Address d_codebook) {
+  cpu::quantize_bwd({call, at<void>(d_z), at<void>(mean_code), at<void>(plain_code), gain, kl, plain_gain,
+                     d_logits, at<void>(d_codebook)});
+}
+
+void few_row_linear(Address x, Address weight, Address bias, Address out, int64_t rows, int64_t outputs, int64_t inputs,
+                    int64_t weight_row, bool wide, int threads) {
+  cpu::few_row_linear({at<void>(x), at<void>(weight), at<void>(bias), at<void>(out), rows, outputs, inputs, weight_row,
+                       wide, threads});
+}
+
+void encode_indices(const QuantizeSizes& sizes, const Grid& features, Address weight, Address bias, bool wide,
+                    Address indices, int threads) {
+  auto [batch, positions, vocabulary, width] = sizes;
+  cpu::encode_indices({batch, positions, vocabulary, width, features, at<void>(weight), at<void>(bias), wide,
+                       at<int64_t>(indices), threads});
+}
+
+void gumbel_noise(int64_t rows, int64_t vocabulary, uint64_t seed, uint64_t offset, bool wide, Address to, int threads) {
+  cpu::gumbel_noise(rows, vocabulary, seed, offset, wide, at<void>(to), threads);
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = VLMFAST_VERSION;
@@ -205,6 +243,16 @@ PYBIND11_MODULE(_native, m) {
   m.def("bi_attention_bwd", &cpu::bi_attention_bwd, no_gil);
   m.def("attention_fwd", &attention_run<cpu::attention_fwd>, no_gil);
   m.def("attention_bwd", &attention_run<cpu::attention_bwd>, no_gil);
+
+  py::class_<Grid>(m, "Grid").def(py::init([](Address address, int dtype, int64_t batch, int64_t position, int64_t entry) {
+    return Grid{at<void>(address), DType(dtype), batch, position, entry};
+  }));
+  py::class_<Quantize>(m, "Quantize").def(py::init(&quantize));
+  m.def("quantize_fwd", &cpu::quantize_fwd, no_gil);
+  m.def("quantize_bwd", &quantize_bwd, no_gil);
+  m.def("encode_indices", &encode_indices, no_gil);
+  m.def("few_row_linear", &few_row_linear, no_gil);
+  m.def("gumbel_noise", &gumbel_noise, no_gil);
 
   m.def("use_openmp", &use_openmp);
   m.def("build_info", &build_info);

@@ -42,3 +42,17 @@ def golden(shared_dir):
         return parts["weights"], parts["inputs"], parts["outputs"], metadata
 
     return read
+
+
+@pytest.fixture(scope="session")
+def golden_close():
+    """The rule of the reference numbers: slice by slice, max |a - b| <= tolerance * max(|b_slice|, |b| / 1000)."""
+
+    def check(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 2e-5) -> None:
+        assert ours.shape == theirs.shape, f"shape {tuple(ours.shape)}, must be {tuple(theirs.shape)}"
+        ours, theirs = (x.detach().double().reshape(x.shape[0] if x.ndim else 1, -1) for x in (ours, theirs))
+        size = theirs.abs().amax(1).clamp(min=theirs.abs().max() / 1000)
+        error = (ours - theirs).abs().amax(1) / size
+        assert error.max() <= tolerance, f"relative error {error.max():.3g}, at most {tolerance}"
+
+    return check

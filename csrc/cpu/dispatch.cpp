@@ -7,7 +7,9 @@
 
 #include "alignment.h"
 #include "attention.h"
+#include "decoding.h"
 #include "info_nce.h"
+#include "quantize.h"
 
 namespace vlmfast::cpu {
 namespace {
@@ -83,5 +85,14 @@ int attention_bwd(const Attention* const* calls, int count, int threads) {
 }
 int bi_attention_fwd(const BiAttention& call, int threads) { VLMFAST_DISPATCH(bi_attention_fwd(call, threads)) }
 int bi_attention_bwd(const BiAttention& call, int threads) { VLMFAST_DISPATCH(bi_attention_bwd(call, threads)) }
+
+void quantize_fwd(const Quantize& call) { VLMFAST_DISPATCH(quantize_fwd(call)) }
+void quantize_bwd(const QuantizeBackward& call) { VLMFAST_DISPATCH(quantize_bwd(call)) }
+void encode_indices(const Encode& call) { VLMFAST_DISPATCH(encode_indices(call)) }
+void gumbel_noise(int64_t rows, int64_t vocabulary, uint64_t seed, uint64_t offset, bool wide, void* to, int threads) {
+  VLMFAST_DISPATCH(gumbel_noise(rows, vocabulary, seed, offset, wide, to, threads))
+}
+
+void few_row_linear(const Linear& call) { VLMFAST_DISPATCH(few_row_linear(call)) }
 
 }  // namespace vlmfast::cpu

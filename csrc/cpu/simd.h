@@ -109,6 +109,29 @@ inline Vec<T> log1p_unit(Vec<T> e) {
   return T(2) * u * value;
 }
 
+// log(x) of positive normal numbers: x = 2^n m with m between sqrt(1/2) and sqrt(2), and 2 atanh((m - 1) / (m + 1)).
+template <class T>
+inline Vec<T> log(Vec<T> x) {
+  constexpr bool single = sizeof(T) == 4;
+  constexpr int mantissa = single ? 23 : 52, terms = single ? 5 : 11;
+  using I = typename Simd<T>::I;
+  using Int = typename Simd<T>::Int;
+  constexpr Int half_root = single ? Int(0x3f3504f3) : Int(0x3fe6a09e667f3bcd);
+  constexpr T ln2_high = single ? T(0x1.62e4p-1) : T(0x1.62e42fee00000p-1);
+  constexpr T ln2_low = single ? T(0x1.7f7d1cp-20) : T(0x1.a39ef35793c76p-33);
+  I bits;
+  memcpy(&bits, &x, sizeof bits);
+  I power = (bits - half_root) >> mantissa;
+  bits -= power << mantissa;
+  Vec<T> m;
+  memcpy(&m, &bits, sizeof m);
+  Vec<T> u = (m - T(1)) / (m + T(1)), square = u * u, n = __builtin_convertvector(power, Vec<T>);
+  Vec<T> value = broadcast(T(1) / T(2 * terms - 1));
+#pragma GCC unroll 11
+  for (int k = terms - 2; k >= 0; --k) value = value * square + T(1) / T(2 * k + 1);
+  return n * ln2_high + (n * ln2_low + T(2) * u * value);
+}
+
 // One row of any element type, widened to T.
 template <class T>
 inline void widen_row(const void* row, DType dtype, int64_t count, T* to) {

@@ -214,5 +214,5 @@ def test_wrong_files_are_refused(tmp_path):
         (tmp_path / "folder" / "config.json").write_text(json.dumps({**content, **wrong}))
         with pytest.raises(ValueError, match=message):
             load(tmp_path / "folder", "lxmert")
-    with pytest.raises(ValueError, match="config belongs to BERT-like models"):
+    with pytest.raises(ValueError, match="config belongs to other models than CLIP"):
         load(tmp_path / "other.pth", "open_clip", config={})

@@ -130,3 +130,27 @@ def test_demo_splits_do_not_leak():
 def test_demo_rejects_bad_numbers(capsys, tmp_path):
     assert main(["demo", "--seconds", "-1", "--out", str(tmp_path)]) == 2
     assert "--seconds is -1.0, must be positive" in capsys.readouterr().err
+
+
+def test_demo_generate_trains_draws_and_writes_its_report(tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert main(["demo", "generate", "--out", str(out), "--seconds", "1", "--no-progress"]) == 0
+    printed = capsys.readouterr().out
+    report = (out / "report.md").read_text()
+    for text in ("random tenth", "held-out concepts", "mean colour dB", "codes used", "another's caption"):
+        assert text in printed and text in report, text
+    assert Image.open(out / "reconstruction.png").width > 600 and Image.open(out / "drawn.png").height > 600
+    sheet = tmp_path / "heart.png"
+    draw = ["generate", str(out / "model"), "red heart", "--images", "2", "--out", str(sheet), "--no-progress"]
+    assert main(draw) == 0
+    assert sheet.exists()
+
+
+def test_demo_generate_splits_do_not_leak():
+    from vlmfast.cli.demo_pictures import CONCEPTS, RANDOM, Drawing
+
+    drawing = Drawing.prepare(0)
+    parts = drawing.train, *drawing.held_out
+    assert [len(part) for part in parts] == [3786 - RANDOM - CONCEPTS, RANDOM, CONCEPTS]
+    pictures = [{picture.numpy().tobytes() for picture in part.images} for part in parts]
+    assert not pictures[0] & pictures[2]

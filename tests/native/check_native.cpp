@@ -195,6 +195,7 @@ void check(const Case& c) {
 
 #include "check_alignment.h"
 #include "check_attention.h"
+#include "check_quantize.h"
 
 int main() {
   struct Shape {
@@ -220,6 +221,7 @@ int main() {
   expect_close("NaN scale", info_nce_fwd({pairs, false, stats, other, nullptr, nullptr, true, true, 0}), 1, 0);
   check_attention_family();
   check_alignment_family();
+  check_quantize_family();
   std::printf("instruction set %s\n%d passed, %d failed\n", isa_name(), passed, failed);
   return failed != 0;
 }

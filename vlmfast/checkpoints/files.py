@@ -95,23 +95,33 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{path}: not a valid safetensors file ({error})") from error
-    if is_zip(path):
-        open_zip(path).close()
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UnsafePickleError(f"{path}: refused to unpickle: {_reason(error)}") from error
-    except Exception as error:  # torch raises many types on damaged files
-        raise ValueError(f"{path}: not a readable torch.save file ({_reason(error)})") from error
+    state = read_content(path)
     for wrapper in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
+    return check_tensors(state, path)
+
+
+def check_tensors(state, path: Path) -> dict[str, Tensor]:
+    """ValueError unless it is a dict of tensors by name."""
     if not isinstance(state, dict) or not state:
         raise ValueError(f"{path}: holds a {type(state).__name__}, must be a dict of tensors")
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise ValueError(f"{path}: entry {key!r} is a {type(value).__name__}, must be a tensor")
     return dict(state)
+
+
+def read_content(path: Path):
+    """What a torch.save file holds, read with weights_only=True; raises as `read_tensors` does."""
+    if is_zip(path):
+        open_zip(path).close()
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UnsafePickleError(f"{path}: refused to unpickle: {_reason(error)}") from error
+    except Exception as error:  # torch raises many types on damaged files
+        raise ValueError(f"{path}: not a readable torch.save file ({_reason(error)})") from error
 
 
 def _reason(error: Exception) -> str:

@@ -11,11 +11,11 @@ from ..models.clip import CLIP, CLIPConfig
 from ..models.config import ModelConfig
 from . import huggingface, open_clip, openai
 from .files import is_zip, key_bytes, open_zip, read_json
-from .formats import BERT_LIKE, BY_MODEL_TYPE
+from .formats import BY_MODEL_TYPE, FORMATS
 from .state import check_shapes, common_dtype, report_keys
 from .tasks import for_task
 
-_FORMATS = {"openai": openai, "open_clip": open_clip, "huggingface": huggingface}
+_CLIP_FORMATS = {"openai": openai, "open_clip": open_clip, "huggingface": huggingface}
 _BPE_NAME = "bpe_simple_vocab_16e6.txt.gz"
 
 
@@ -33,6 +33,9 @@ def detect_format(path: str | Path) -> str:
             content = read_json(path / "config.json")
             kind = "vilbert" if "v_biattention_id" in content else content.get("model_type")
             return BY_MODEL_TYPE.get(kind, "huggingface") if isinstance(kind, str) else "huggingface"
+        for name, entry in FORMATS.items():
+            if entry.files and all(names & set(choices) for choices in entry.files):
+                return name
         if names & {open_clip.CONFIG_NAME, *open_clip.WEIGHT_NAMES}:
             return "open_clip"
         raise ValueError(
@@ -42,7 +45,7 @@ def detect_format(path: str | Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder")
     head = key_bytes(path)
-    for name, entry in BERT_LIKE.items():
+    for name, entry in FORMATS.items():
         if any(key in head for key in entry.keys):
             return name
     if path.name in huggingface.WEIGHT_NAMES and (path.parent / "config.json").is_file():
@@ -64,8 +67,8 @@ def detect_format(path: str | Path) -> str:
 
 def load(
     path: str | Path,
+    *parts: str | Path,
     format: str | None = None,
-    *,
     task: str | None = None,
     labels=None,
     strict: bool = True,
@@ -80,9 +83,14 @@ def load(
     Args:
         path: CLIP: OpenAI TorchScript `.pt`; open_clip `.pt`, `.bin`, `.safetensors` or folder; Hugging Face folder.
             BERT-like models: the authors' file, a folder with it and config.json, or a Hugging Face folder of LXMERT
-            or VisualBERT; of VisualBERT and UNITER also MMF's names.
+            or VisualBERT; of VisualBERT and UNITER also MMF's names. Discrete VAEs: OpenAI's encoder.pkl; a Hugging
+            Face FlavaImageCodebook; DALLE-pytorch's vae.pt; taming-transformers' `.ckpt`; min-dalle's detoker.pt.
+            DALL-E: DALLE-pytorch's dalle.pt. DALL-E mini and mega: min-dalle's folder with encoder.pt and decoder.pt.
+        parts: further files of the same model: OpenAI's decoder.pkl, without which its dVAE only encodes. The format
+            may also stand last among them.
         format: "openai", "open_clip", "huggingface", a BERT-like model ("vilbert", "lxmert", "visualbert", "uniter",
-            "vlbert", ...), or None to detect it. "vlmfast" is a folder written by `save_pretrained`, in any layout.
+            "vlbert", ...), "openai-dvae", "flava", "dalle-pytorch-vae", "taming", "min-dalle-vqgan", "dalle-pytorch",
+            "min-dalle", or None to detect it. "vlmfast" is a folder written by `save_pretrained`, in any layout.
         task: a task of `vlmfast tasks`, "vqa" for example: the model gets a head for it, new and untrained where the
             checkpoint has none (with a warning), in place of its other heads.
         labels: of a new head: how many answers there are for "vqa" and "gqa" (None: those of an answer list beside the
@@ -93,12 +101,12 @@ def load(
         image_size: pixels; another one than stored resizes the position grid (bicubic, antialiased).
         quick_gelu: overrides the activation. Needed for bare open_clip state dicts of GELU models, which do not
             store it: they default to QuickGELU, with a warning.
-        config: of BERT-like models' files that have none beside them: a path to the JSON file, its content or a
-            config object. Without it sizes come from the tensors, and head counts are those of the public models.
+        config: of files that have none beside them, CLIP's excepted: a path to the JSON file, its content or a config
+            object. Without it sizes come from the tensors, and what they do not tell is that of the public models.
 
     Returns:
-        The model. `model.tokenizer` is a CLIPTokenizer or WordPieceTokenizer when vocabulary files lie beside the
-        checkpoint, else None; a CLIP's `model.preprocess` is its ImagePreprocess.
+        The model. `model.tokenizer`, of models that read texts, is a tokenizer when vocabulary files lie beside the
+        checkpoint, else None; `model.preprocess` of a CLIP or discrete VAE is its ImagePreprocess.
 
     Raises:
         FileNotFoundError: no such file, or one that belongs to the checkpoint is absent.
@@ -106,27 +114,33 @@ def load(
         ValueError: unknown format, damaged file, missing or unknown keys, shapes that do not fit the config, an
             argument of another model.
     """
-    path = Path(path)
+    if parts and format is None and _is_format(parts[-1]):
+        *parts, format = parts
+    path, parts = Path(path), [Path(part) for part in parts]
     if format in (None, "vlmfast") or not path.exists():
         format = detect_format(path)
     elif format == "huggingface" and (path / "config.json").is_file():
         kind = BY_MODEL_TYPE.get(str(read_json(path / "config.json").get("model_type")))
-        format = kind if kind and BERT_LIKE[kind].layout == "huggingface" else format
-    if format in BERT_LIKE:
+        format = kind if kind and FORMATS[kind].huggingface else format
+    entry = FORMATS.get(format)
+    if parts and not (entry and entry.parts):
+        raise ValueError(f"load: {len(parts) + 1} files, must be one: {path} is {format}, only an openai-dvae has two")
+    if entry is not None:
         if image_size is not None or quick_gelu is not None:
             raise ValueError(f"load: image_size and quick_gelu belong to CLIP, {path} is {format}")
         try:
-            model = BERT_LIKE[format].module.load(path, config=config, strict=strict, device=device, dtype=dtype)
+            model = entry.load(path, *parts, config=config, strict=strict, device=device, dtype=dtype)
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path}: a setting has the wrong type ({error})") from error
-        model.tokenizer = _wordpiece(path if path.is_dir() else path.parent, model.config)
+        if entry.wordpiece:
+            model.tokenizer = _wordpiece(path if path.is_dir() else path.parent, model.config)
         return model if task is None else for_task(model, path, task, labels)
-    if format not in _FORMATS:
-        formats = ", ".join([*_FORMATS, "vlmfast", *BERT_LIKE])
+    if format not in _CLIP_FORMATS:
+        formats = ", ".join([*_CLIP_FORMATS, "vlmfast", *FORMATS])
         raise ValueError(f"load: format is {format!r}, must be one of {formats}")
     if config is not None:
-        raise ValueError(f"load: config belongs to BERT-like models, {path} is {format}")
-    source = _FORMATS[format]
+        raise ValueError(f"load: config belongs to other models than CLIP, {path} is {format}")
+    source = _CLIP_FORMATS[format]
     try:
         values, state = source.read(path)
     except (TypeError, KeyError, AttributeError) as error:
@@ -167,6 +181,12 @@ def load(
     model.preprocess = preprocess
     model.tokenizer = _tokenizer(folder, config)
     return model if task is None else for_task(model, path, task, labels)
+
+
+def _is_format(part) -> bool:
+    """Whether a positional argument of `load` is a format, known or not, and no file: files have a suffix."""
+    return part is None or isinstance(part, str) and (part in (*_CLIP_FORMATS, *FORMATS, "vlmfast") or
+                                                      not Path(part).suffix and not Path(part).exists())
 
 
 def _preprocess(source, folder: Path, image_size: int):

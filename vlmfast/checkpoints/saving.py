@@ -7,36 +7,42 @@ from torch import nn
 
 from ..models.clip import CLIP
 from . import huggingface, open_clip
+from .dalle import VAE_FOLDER
 from .files import atomic_folder
-from .formats import BERT_LIKE
+from .formats import FORMATS
 
 
 def save_pretrained(model: nn.Module, folder: str | Path) -> str:
     """Write a model with its sizes, activation, preprocessing and (if `model.tokenizer` is set) vocabulary.
 
     LXMERT and VisualBERT are written as transformers' config.json and model.safetensors, other BERT-like models as
-    the authors' pytorch_model.bin with config.json. CLIP's layout is Hugging Face's CLIPModel: config.json,
-    model.safetensors, preprocessor_config.json. What that cannot hold (ResNet towers, a logit bias, images padded to a
-    square) is written in open_clip's layout instead: open_clip_config.json, open_clip_model.safetensors. Files are
-    written under a temporary name and then renamed. Preprocessing is `model.preprocess` without its random part, or
-    CLIP's own with the config's mean and std.
+    the authors' pytorch_model.bin with config.json. A DVAE without decoder becomes transformers' FlavaImageCodebook;
+    the other discrete VAEs and the DALL-Es have a config.json of their own and their public keys in
+    model.safetensors, a DALL-E's discrete VAE in a folder `vae` beside it. CLIP's layout is Hugging Face's CLIPModel:
+    config.json, model.safetensors, preprocessor_config.json. What that cannot hold (ResNet towers, a logit bias,
+    images padded to a square) is written in open_clip's layout instead: open_clip_config.json,
+    open_clip_model.safetensors. Files are written under a temporary name and then renamed. Preprocessing is
+    `model.preprocess` without its random part, or CLIP's own with the config's mean and std.
 
     Returns:
-        The layout written: "huggingface", "open_clip", or the name of a BERT-like model.
+        The layout written: "huggingface", "open_clip", the name of a BERT-like model, "dvae", "discrete_vae",
+        "flava_image_codebook", "vqgan", "dalle" or "dalle-mini".
 
     Raises:
         TypeError: not one of these models.
         FileExistsError: the folder holds a checkpoint in the other layout.
     """
-    for entry in BERT_LIKE.values():
+    for entry in FORMATS.values():
         if isinstance(model, entry.model):
             with atomic_folder(Path(folder)) as stage:
-                entry.module.save(model, stage)
-                if model.tokenizer is not None:
+                layout = entry.save(model, stage) or entry.layout
+                if getattr(model, "tokenizer", None) is not None:
                     model.tokenizer.save(stage)
-            return entry.layout
+            if getattr(model, "vae", None) is not None:
+                save_pretrained(model.vae, Path(folder) / VAE_FOLDER)
+            return layout
     if not isinstance(model, CLIP):
-        kinds = ", ".join(entry.model.__name__ for entry in BERT_LIKE.values())
+        kinds = ", ".join(dict.fromkeys(entry.model.__name__ for entry in FORMATS.values()))
         raise TypeError(f"save_pretrained: model is a {type(model).__name__}, must be a CLIP or one of {kinds}")
     from safetensors.torch import save_file
 

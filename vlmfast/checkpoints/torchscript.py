@@ -10,6 +10,8 @@ import math
 import pickle
 import pickletools
 import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +36,7 @@ MAX_PICKLE_BYTES = 64 << 20  # the tree of the largest public model takes under 
 MAX_DEPTH = 64
 
 
-class _Storage(NamedTuple):
+class Storage(NamedTuple):
     """A reference to a blob. Immutable records stand for tensors until the pickle is done and cannot alter them."""
 
     dtype: torch.dtype
@@ -42,8 +44,8 @@ class _Storage(NamedTuple):
     count: int
 
 
-class _View(NamedTuple):
-    storage: _Storage
+class View(NamedTuple):
+    storage: Storage
     offset: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -56,17 +58,25 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
         UnsafePickleError: the pickle names a global outside the allow-list.
         ValueError: not a zip, truncated, or a tensor that does not fit its storage.
     """
-    with open_zip(path) as archive:
-        try:
-            return _read_modules(archive)
-        except UnsafePickleError as error:
-            raise UnsafePickleError(f"{path}: {error}") from error
-        except Exception as error:  # a damaged pickle can raise nearly anything
-            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            raise ValueError(f"{path}: damaged or not a TorchScript archive ({kind}{error})") from error
+    with open_zip(path) as archive, clear_errors(path, "a TorchScript archive"):
+        tree, blob_of = open_archive(archive)
+        return module_tensors(*unpickle(tree, lambda module, name: module.startswith("__torch__")), blob_of)
 
 
-def _read_modules(archive: zipfile.ZipFile) -> dict[str, Tensor]:
+@contextmanager
+def clear_errors(path: Path, kind: str) -> Iterator[None]:
+    """What a damaged file makes Python raise, as one of two errors that name the file."""
+    try:
+        yield
+    except UnsafePickleError as error:
+        raise UnsafePickleError(f"{path}: {error}") from error
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{path}: damaged or not {kind} ({name}{error})") from error
+
+
+def open_archive(archive: zipfile.ZipFile) -> tuple[bytes, Callable[[Storage], bytes]]:
+    """The pickle of a zip that torch wrote, and a function that reads a storage's blob."""
     trees = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(trees) != 1:
         raise ValueError(f"{len(trees)} records named data.pkl")
@@ -74,31 +84,59 @@ def _read_modules(archive: zipfile.ZipFile) -> dict[str, Tensor]:
     order = f"{prefix}byteorder"
     if order in archive.namelist() and read_record(archive, order).strip() != b"little":
         raise ValueError("big-endian archives are not supported")
-    tree = read_record(archive, trees[0])
+    return read_record(archive, trees[0]), lambda storage: read_record(archive, f"{prefix}data/{storage.key}")
+
+
+def unpickle(tree: bytes, is_shell: Callable[[str, str], bool], extra: dict | None = None,
+             storages: dict[str, Storage] | None = None) -> tuple[object, type]:
+    """(what the pickle holds, the class that stands in for its classes); nothing in it is executed.
+
+    Args:
+        is_shell: `is_shell(module, name)`: a class that is replaced by an inert stand-in.
+        extra: further (module, name) -> what is put in its place; must be harmless when called or altered.
+        storages: filled with the storages that the pickle refers to, by key.
+    """
     _check_pickle(tree)
-    unpickler, module_type = _unpickler(tree)
-    root = unpickler.load()
+    unpickler, module_type = _unpickler(tree, is_shell, extra or {}, {} if storages is None else storages)
+    return unpickler.load(), module_type
+
+
+def module_tensors(root, module_type: type, blob_of: Callable[[Storage], bytes]) -> dict[str, Tensor]:
+    """State dict of a tree of modules, scripted ones or `torch.nn` ones."""
     if not isinstance(root, module_type):
         raise ValueError(f"data.pkl holds a {type(root).__name__}, must be a module")
-    state: dict[str, Tensor] = {}
-    blobs: dict[_Storage, Tensor] = {}
+    views: dict[str, View] = {}
     seen: set[int] = set()
 
     def collect(module, name: str, depth: int) -> None:
         if depth > MAX_DEPTH:
             raise ValueError(f"modules nest deeper than {MAX_DEPTH}")
         seen.add(id(module))
-        for key, value in vars(module).items():
-            if isinstance(value, _View):
-                storage = value.storage
-                if storage not in blobs:  # read once, however many tensors refer to it
-                    blobs[storage] = _blob(storage, read_record(archive, f"{prefix}data/{storage.key}"))
-                state[f"{name}{key}"] = blobs[storage].as_strided(value.size, value.stride, value.offset)
+        for key, value in _members(module):
+            if isinstance(value, View):
+                views[f"{name}{key}"] = value
             elif isinstance(value, module_type) and id(value) not in seen:
                 collect(value, f"{name}{key}.", depth + 1)
 
     collect(root, "", 0)
-    return state
+    return fill_tensors(views, blob_of)
+
+
+def _members(module) -> Iterator[tuple[str, object]]:
+    for key, value in vars(module).items():
+        if key in ("_parameters", "_buffers", "_modules") and isinstance(value, dict):  # those of torch.nn
+            yield from value.items()
+        else:
+            yield key, value
+
+
+def fill_tensors(views: dict[str, View], blob_of: Callable[[Storage], bytes]) -> dict[str, Tensor]:
+    """The tensors that records stand for; a storage is read once, however many of them refer to it."""
+    blobs: dict[Storage, Tensor] = {}
+    for view in views.values():
+        if view.storage not in blobs:
+            blobs[view.storage] = _blob(view.storage, blob_of(view.storage))
+    return {name: blobs[view.storage].as_strided(view.size, view.stride, view.offset) for name, view in views.items()}
 
 
 def _check_pickle(tree: bytes) -> None:
@@ -110,12 +148,23 @@ def _check_pickle(tree: bytes) -> None:
             raise ValueError(f"memo index {argument} in a stream of {len(tree)} bytes")
 
 
-def _unpickler(tree: bytes) -> tuple[pickle.Unpickler, type]:
+def _unpickler(tree: bytes, is_shell: Callable[[str, str], bool], extra: dict,
+               storages: dict[str, Storage]) -> tuple[pickle.Unpickler, type]:
     class Module:
-        """Stand-in for a scripted class; made anew per file so that no file can alter another's."""
+        """Stand-in for a class; made anew per file so that no file can alter another's."""
 
-    def rebuild_tensor(storage, offset, size, stride, requires_grad=False, hooks=None) -> _View:
-        if not isinstance(storage, _Storage):
+        def __new__(cls, *args, **keywords):
+            return object.__new__(cls)
+
+        def __init__(self, *args, **keywords):
+            pass
+
+        def __setstate__(self, state):
+            if isinstance(state, dict):
+                vars(self).update(state)
+
+    def rebuild_tensor(storage, offset, size, stride, requires_grad=False, hooks=None) -> View:
+        if not isinstance(storage, Storage):
             raise ValueError(f"a tensor has a {type(storage).__name__} for its storage")
         size, stride = tuple(size), tuple(stride)
         if len(size) != len(stride) or not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)):
@@ -127,14 +176,16 @@ def _unpickler(tree: bytes) -> tuple[pickle.Unpickler, type]:
                 f"a tensor of size {size}, stride {stride}, offset {offset} "
                 f"exceeds its storage of {storage.count} elements"
             )
-        return _View(storage, offset, size, stride)
+        return View(storage, offset, size, stride)
 
     def type_tag(value, name=None):
         return value
 
     class Restricted(pickle.Unpickler):
         def find_class(self, module: str, name: str):
-            if module.startswith("__torch__"):
+            if (module, name) in extra:
+                return extra[module, name]
+            if is_shell(module, name):
                 return Module
             if module == "torch" and name in STORAGE_TYPES:
                 return STORAGE_TYPES[name]
@@ -146,18 +197,24 @@ def _unpickler(tree: bytes) -> tuple[pickle.Unpickler, type]:
                 return type_tag
             raise UnsafePickleError(f"data.pkl refers to {module}.{name}, which is not on the allow-list")
 
-        def persistent_load(self, pid) -> _Storage:
+        def persistent_load(self, pid) -> Storage:
+            if isinstance(pid, tuple) and len(pid) == 4 and pid[:2] == ("module", Module):
+                return Module  # torch before 1.6 stored a class with its source
+            pid = pid[:5] if isinstance(pid, tuple) and pid[5:] == (None,) else pid  # and a storage with its view
             if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage" or not isinstance(pid[2], str):
                 raise ValueError(f"unknown storage reference {str(pid)[:100]}")
             _, dtype, key, _, count = pid
             if not isinstance(dtype, torch.dtype) or type(count) is not int or count < 0:
                 raise ValueError(f"storage {key} has type {dtype!r} and {count!r} elements")
-            return _Storage(dtype, key, count)
+            storage = Storage(dtype, key, count)
+            if storages.setdefault(key, storage) != storage:
+                raise ValueError(f"storage {key} has two sizes or types")
+            return storage
 
     return Restricted(io.BytesIO(tree)), Module
 
 
-def _blob(storage: _Storage, blob: bytes) -> Tensor:
+def _blob(storage: Storage, blob: bytes) -> Tensor:
     dtype, key, count = storage
     if len(blob) != count * dtype.itemsize:
         raise ValueError(f"storage {key} has {len(blob)} bytes, must have {count} x {dtype.itemsize}")

@@ -7,7 +7,7 @@ import sys
 
 from ..version import __version__
 
-COMMANDS = ("info", "demo", "train", "retrieve", "answer", "caption", "tasks")
+COMMANDS = ("info", "demo", "train", "retrieve", "answer", "caption", "generate", "tasks")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -76,8 +76,11 @@ class Data:
         reports = [pairs.report() for pairs in (self.train, self.val) if pairs is not None]
         return "; ".join(str(report) for report in reports if report.total_skipped)
 
-    def loader(self, preprocess: ImagePreprocess, tokenizer: CLIPTokenizer):
+    def loader(self, preprocess: ImagePreprocess, tokenizer: Callable):
         """Batches of this process; the batch size shrinks to what there is.
+
+        Args:
+            tokenizer: a CLIPTokenizer, or any function from texts to [B, T].
 
         Raises:
             ValueError: fewer than two pairs for each process.
@@ -86,7 +89,9 @@ class Data:
         if share < 2:
             raise ValueError(f"--data: {self.count} pairs for {self.process.world} processes, must be two for each")
         batch_size = min(self.settings.batch_size, share)
-        loader = PairLoader(self.train, batch_size, preprocess=preprocess, tokenizer=_trimmed(tokenizer), shuffle=True,
+        if isinstance(tokenizer, CLIPTokenizer):
+            tokenizer = _trimmed(tokenizer)
+        loader = PairLoader(self.train, batch_size, preprocess=preprocess, tokenizer=tokenizer, shuffle=True,
                             drop_last=True, workers=self.settings.workers, seed=self.config.seed,
                             rank=self.process.rank, world_size=self.process.world)
         if isinstance(self.train, IterableDataset):

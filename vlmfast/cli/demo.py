@@ -1,15 +1,18 @@
-"""`vlmfast demo`: train a small CLIP on the embedded emoji and show what it learned."""
+"""`vlmfast demo`: train a small CLIP, or a small DALL-E, on the embedded emoji and show what it learned."""
 
 from pathlib import Path
 
 from . import positive, set_threads
 
-HELP = "train a small CLIP on the embedded emoji in about two minutes and show what it learned"
+HELP = "train a small CLIP (or DALL-E: generate) on the embedded emoji in minutes and show what it learned"
 
 
 def add_arguments(parser, common) -> None:
-    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="FOLDER",
-                        help="report.md, retrieval.png, loss.png and the model (demo)")
+    parser.add_argument("what", nargs="?", choices=("clip", "generate"), default="clip",
+                        help="clip (default): pictures and captions that find each other; generate: a discrete VAE and "
+                             "a DALL-E that draws from captions")
+    parser.add_argument("--out", type=Path, metavar="FOLDER",
+                        help="report.md, pictures, curves and the model (demo, or demo-generate)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and held-out pictures (0)")
     parser.add_argument("--seconds", type=float, metavar="S",
                         help="stop training after about S seconds (default: the full run)")
@@ -23,6 +26,7 @@ def run(args) -> int:
         raise ValueError(f"--seconds is {args.seconds}, must be positive")
     if args.seed < 0:
         raise ValueError(f"--seed is {args.seed}, must be 0 or more")
+    args.out = args.out or Path("demo" if args.what == "clip" else "demo-generate")
     args.out.mkdir(parents=True, exist_ok=True)
     set_threads(args.threads)
     import torch
@@ -30,7 +34,7 @@ def run(args) -> int:
     # unused words' second moments fade into subnormal numbers, which the processor handles a hundred times slower
     torch.set_flush_denormal(True)
     try:
-        return _demo(args)
+        return _generate(args) if args.what == "generate" else _demo(args)
     finally:
         torch.set_flush_denormal(False)
 
@@ -72,3 +76,12 @@ def _demo(args) -> int:
     print(f"wrote {args.out}/report.md, retrieval.png, loss.png and model/ ({total:.0f} s of CPU time in all); try\n"
           f"  vlmfast retrieve {args.out}/model --images FOLDER \"a red car\"")
     return 0
+
+
+def _generate(args) -> int:
+    from .demo_pictures import Drawing, write
+    from .info import collect
+
+    command = f"vlmfast demo generate --seed {args.seed} --threads {args.threads}" + (
+        f" --seconds {args.seconds:g}" if args.seconds is not None else "")
+    return write(Drawing.prepare(args.seed), args.out, command, collect(), args.seconds, not args.no_progress)

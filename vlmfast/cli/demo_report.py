@@ -48,7 +48,7 @@ def compare_losses(experiment: Experiment) -> list[LossRow]:
     return rows
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns also line up on a terminal, the first to the left."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
 
@@ -66,7 +66,7 @@ def recall_table(rows: Sequence[RecallRow]) -> str:
         return " ".join(f"{recalls[k]:.3f}" for k in KS)
 
     head = ["R@1 R@5 R@10", "queries", "image to text", "text to image", "chance"]
-    return _table(head, [[row.name, str(row.queries), three(row.image_to_text), three(row.text_to_image),
+    return table(head, [[row.name, str(row.queries), three(row.image_to_text), three(row.text_to_image),
                           three(row.chance)] for row in rows]) + "\n"
 
 
@@ -80,7 +80,7 @@ def loss_table(rows: Sequence[LossRow]) -> str:
         ratio = plain.seconds / max(ours.seconds, 1e-9)
         verdict = f"{ratio:.1f} times less" if ratio >= 1 else f"{1 / ratio:.1f} times more"
         words.append(f"{ours.pairs} pairs: the fused loss takes {verdict} time than plain PyTorch")
-    return f"{_table(head, body)}\n{'; '.join(words)}.\n"
+    return f"{table(head, body)}\n{'; '.join(words)}.\n"
 
 
 def document(facts: dict, experiment: Experiment, result, rows, comparison, wall: float, cpu: float, args) -> str:

@@ -85,8 +85,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(steps, "--log-every", positive, "steps between log lines (1)")
 
 
-def settings_of(args) -> tuple[Settings, dict]:
+def settings_of(args, kind: type = Settings, needed: tuple[str, ...] = ("data",)) -> tuple:
     """(settings, TrainConfig fields) from the command line, on --resume completed by what the run was started with.
+
+    Args:
+        kind: dataclass of the settings beside TrainConfig.
+        needed: those without a default.
 
     Raises:
         FileNotFoundError: nothing to resume. ValueError: a flag differs from the run's, or the folder is taken.
@@ -94,7 +98,7 @@ def settings_of(args) -> tuple[Settings, dict]:
     from ..training import TrainConfig
     from ..training.state import STATE_NAME
 
-    ours = {field.name for field in fields(Settings)}
+    ours = {field.name for field in fields(kind)}
     theirs = {field.name for field in fields(TrainConfig)}
     given = {name: value for name, value in vars(args).items() if name in ours | theirs}
     path = args.out / SETTINGS_NAME
@@ -114,9 +118,10 @@ def settings_of(args) -> tuple[Settings, dict]:
     else:
         if (args.out / STATE_NAME).exists():
             raise ValueError(f"--out: {args.out} already holds a run; add --resume, or take another folder")
-        if "data" not in given:
-            raise ValueError("--data is missing")
-    settings = Settings(**{name: value for name, value in given.items() if name in ours})
+        for name in needed:
+            if name not in given:
+                raise ValueError(f"--{name} is missing")
+    settings = kind(**{name: value for name, value in given.items() if name in ours})
     config = {name: value for name, value in given.items() if name in theirs}
     if not 0 <= settings.val_fraction < 1:
         raise ValueError(f"--val-fraction is {settings.val_fraction}, must be in [0, 1)")

@@ -3,6 +3,7 @@
 from importlib import import_module
 
 _HOME = {
+    "BartTokenizer": "bart_tokenizer",
     "CLIPTokenizer": "tokenizer",
     "clean_text": "tokenizer",
     "BertTokens": "wordpiece",

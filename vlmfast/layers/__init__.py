@@ -2,6 +2,7 @@
 
 from .bert import BertLayer, MaskedLMHead, MLPClassifier, Pooler, TextEmbeddings
 from .co_attention import CoAttentionLayer, CrossModalityLayer
+from .quantizer import GumbelQuantizer, VectorQuantizer
 from .resnet import AttentionPool2d, Bottleneck, ModifiedResNet
 from .streams import Rows, Streams
 from .transformer import LayerNorm, QuickGELU, SelfAttention, Transformer, TransformerBlock
@@ -12,6 +13,7 @@ __all__ = [
     "Bottleneck",
     "CoAttentionLayer",
     "CrossModalityLayer",
+    "GumbelQuantizer",
     "LayerNorm",
     "MLPClassifier",
     "MaskedLMHead",
@@ -24,4 +26,5 @@ __all__ = [
     "TextEmbeddings",
     "Transformer",
     "TransformerBlock",
+    "VectorQuantizer",
 ]

@@ -6,9 +6,29 @@ from functools import partial
 
 from torch import nn
 
-from . import clip, image_seq2seq, imagebert, lxmert, pixelbert, uniter, vdbert, vilbert, visualbert, vlbert, vlnbert
+from . import (
+    clip,
+    dalle,
+    dalle_mini,
+    dvae,
+    image_seq2seq,
+    imagebert,
+    lxmert,
+    pixelbert,
+    uniter,
+    vdbert,
+    vilbert,
+    visualbert,
+    vlbert,
+    vlnbert,
+    vqgan,
+)
 from .affect import AffectConfig, AffectModel
 from .clip import CLIP, CLIPConfig, CLIPOutput
+from .codes import VAEOutput
+from .dalle import DALLE, DALLEConfig, DALLEOutput
+from .dalle_mini import DALLEMini, DALLEMiniConfig, DALLEMiniOutput
+from .dvae import DVAE, DiscreteVAE, DiscreteVAEConfig, DVAEConfig
 from .image_seq2seq import ImageSeq2Seq, ImageSeq2SeqConfig, ImageSeq2SeqOutput
 from .imagebert import ImageBERT, ImageBERTConfig
 from .lxmert import LXMERT, LXMERTConfig, LXMERTOutput
@@ -20,6 +40,7 @@ from .vilbert import ViLBERT, ViLBERTConfig, ViLBERTOutput
 from .visualbert import VisualBERT, VisualBERTConfig
 from .vlbert import VLBERT, VLBERTConfig
 from .vlnbert import VLNBERT, VLNBERTConfig
+from .vqgan import VQGAN, VQGANConfig
 
 __all__ = [
     "AffectConfig",
@@ -27,6 +48,16 @@ __all__ = [
     "CLIP",
     "CLIPConfig",
     "CLIPOutput",
+    "DALLE",
+    "DALLEConfig",
+    "DALLEMini",
+    "DALLEMiniConfig",
+    "DALLEMiniOutput",
+    "DALLEOutput",
+    "DVAE",
+    "DVAEConfig",
+    "DiscreteVAE",
+    "DiscreteVAEConfig",
     "ImageBERT",
     "ImageBERTConfig",
     "ImageSeq2Seq",
@@ -40,12 +71,15 @@ __all__ = [
     "SingleStreamOutput",
     "UNITER",
     "UNITERConfig",
+    "VAEOutput",
     "VDBERT",
     "VDBERTConfig",
     "VLBERT",
     "VLBERTConfig",
     "VLNBERT",
     "VLNBERTConfig",
+    "VQGAN",
+    "VQGANConfig",
     "ViLBERT",
     "ViLBERTConfig",
     "ViLBERTOutput",
@@ -53,6 +87,9 @@ __all__ = [
     "VisualBERTConfig",
     "clip",
     "create",
+    "dalle",
+    "dalle_mini",
+    "dvae",
     "image_seq2seq",
     "imagebert",
     "list_models",
@@ -65,6 +102,7 @@ __all__ = [
     "visualbert",
     "vlbert",
     "vlnbert",
+    "vqgan",
 ]
 
 _builders: dict[str, Callable[..., nn.Module]] = {}
@@ -105,7 +143,7 @@ def create(name: str, **overrides) -> nn.Module:
     return builder(**overrides)
 
 
-for _module in (clip, vilbert, lxmert, visualbert, uniter, vlbert, vdbert, pixelbert, imagebert, image_seq2seq,
-                vlnbert):
+for _module in (clip, vilbert, lxmert, visualbert, uniter, vlbert, vdbert, pixelbert, imagebert, image_seq2seq, vlnbert,
+                dvae, vqgan, dalle, dalle_mini):
     for _name in _module.PRESETS:
         register(_name, partial(_module.build, _name))

@@ -2,6 +2,9 @@
 
 from dataclasses import asdict, fields
 
+import torch
+from torch import Tensor
+
 
 class ModelConfig:
     """Base of a frozen dataclass of settings."""
@@ -42,3 +45,11 @@ class ModelConfig:
 
     def refuse(self, name: str, must: str) -> None:
         raise ValueError(f"{type(self).__name__}: {name} is {getattr(self, name)!r}, must be {must}")
+
+
+def check_ids(owner: str, name: str, ids: Tensor, size: int) -> None:
+    """ValueError where ids on the CPU lie outside 0 ... size - 1; elsewhere looking would wait for the device."""
+    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        least, most = (int(x) for x in ids.aminmax())
+        if least < 0 or most >= size:
+            raise ValueError(f"{owner}: {name} holds {least if least < 0 else most}, must be in 0 ... {size - 1}")

@@ -1,6 +1,17 @@
-"""Pretraining objectives: `Pretraining` runs any of them on any model; beneath it the losses, masks and negatives."""
+"""Pretraining objectives: `Pretraining` runs any of the BERT-like models' on any model, `variational` holds those of
+discrete VAEs; beneath them the losses, masks and negatives."""
 
-from vlmfast.objectives import bert_like, language, masking, matching, multitask, regions, tasks, unsupervised
+from vlmfast.objectives import (
+    bert_like,
+    language,
+    masking,
+    matching,
+    multitask,
+    regions,
+    tasks,
+    unsupervised,
+    variational,
+)
 from vlmfast.objectives.batch import PretrainingBatch
 from vlmfast.objectives.bert_like import lxmert_pretraining_loss, vilbert_pretraining_loss
 from vlmfast.objectives.common import PretrainingLoss
@@ -10,9 +21,11 @@ from vlmfast.objectives.multitask import MultiTask, StopAndGo, Task, TaskSampler
 from vlmfast.objectives.presets import PRESETS, Conventions
 from vlmfast.objectives.pretraining import Pretraining
 from vlmfast.objectives.unsupervised import TagPieces, UnpairedPretraining
+from vlmfast.objectives.variational import Annealing, VariationalLoss, dalle_loss, discrete_vae_loss, logit_laplace_loss
 
-__all__ = ["HEADS", "OBJECTIVES", "PRESETS", "AlignLoss", "ClipLoss", "Conventions", "Heads", "InfoNCE", "MultiTask",
-           "Pretraining", "PretrainingBatch", "PretrainingLoss", "SigLipLoss", "StopAndGo", "TagPieces", "Task",
-           "TaskSampler", "UniCLLoss", "UnpairedPretraining", "bert_like", "fill_web_labels", "language",
-           "lxmert_pretraining_loss", "masking", "matching", "multitask", "regions", "tasks", "unsupervised",
+__all__ = ["HEADS", "OBJECTIVES", "PRESETS", "AlignLoss", "Annealing", "ClipLoss", "Conventions", "Heads", "InfoNCE",
+           "MultiTask", "Pretraining", "PretrainingBatch", "PretrainingLoss", "SigLipLoss", "StopAndGo", "TagPieces",
+           "Task", "TaskSampler", "UniCLLoss", "UnpairedPretraining", "VariationalLoss", "bert_like", "dalle_loss",
+           "discrete_vae_loss", "fill_web_labels", "language", "logit_laplace_loss", "lxmert_pretraining_loss",
+           "masking", "matching", "multitask", "regions", "tasks", "unsupervised", "variational",
            "vilbert_pretraining_loss"]

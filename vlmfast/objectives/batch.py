@@ -116,8 +116,9 @@ class PretrainingBatch:
                  if (value := getattr(self, name)) is not None}
         return PretrainingBatch(**found)
 
-    def to(self, device: torch.device | str) -> "PretrainingBatch":
-        return replace(self, **{e.name: x.to(device) for e in fields(self) if (x := getattr(self, e.name)) is not None})
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PretrainingBatch":
+        given = {entry.name: x for entry in fields(self) if (x := getattr(self, entry.name)) is not None}
+        return replace(self, **{name: x.to(device, non_blocking=non_blocking) for name, x in given.items()})
 
     def inputs(self) -> dict[str, Tensor]:
         """What a model's forward takes."""

@@ -1,7 +1,7 @@
 """What a trained model is asked to do, with the metrics: zero-shot classification and retrieval of dual encoders;
 questions, statements, choices, grounding, affect and retrieval of the BERT-like models, with the losses they are
-fine-tuned by; re-ranking; decoding of texts; scores of captions, translations, affect and navigation. `table()` says
-which model does what. Names load on first use."""
+fine-tuned by; re-ranking; decoding of texts; pictures from texts and their reconstruction; scores of captions,
+translations, affect and navigation. `table()` says which model does what. Names load on first use."""
 
 from importlib import import_module
 
@@ -71,6 +71,16 @@ _HOME = {
     "TextWriter": "generation",
     "join_words": "generation",
     "Translator": "translation",
+    "Generated": "image_generation",
+    "encode_prompts": "image_generation",
+    "generate": "image_generation",
+    "generate_codes": "image_generation",
+    "prime_codes": "image_generation",
+    "similarity": "image_generation",
+    "ReconstructionReport": "reconstruction",
+    "measure_reconstruction": "reconstruction",
+    "psnr": "reconstruction",
+    "reconstruction_sheet": "reconstruction",
     "DecodingRules": "decoding",
     "Hypothesis": "decoding",
     "beam_search": "decoding",

@@ -34,9 +34,9 @@ class TaskBatch:
     def __len__(self) -> int:
         return len(self.target)
 
-    def to(self, device: torch.device | str) -> "TaskBatch":
-        return replace(self, inputs={name: value.to(device) for name, value in self.inputs.items()},
-                       target=self.target.to(device))
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "TaskBatch":
+        inputs = {name: value.to(device, non_blocking=non_blocking) for name, value in self.inputs.items()}
+        return replace(self, inputs=inputs, target=self.target.to(device, non_blocking=non_blocking))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 LOG_NAME = "log.jsonl"
 CURVE_NAME = "loss.png"
+RECALLS = {"image_to_text_r1": "image to text R@1", "text_to_image_r1": "text to image R@1"}
+_COLORS = "tab:orange", "tab:green", "tab:red", "tab:purple"
 
 
 class JSONLog:
@@ -64,8 +66,14 @@ def read_log(path: str | Path) -> list[dict]:
     return records
 
 
-def draw_curve(records: list[dict], path: str | Path) -> None:
-    """Loss (each step and smoothed) and validation recall over the steps, as a PNG."""
+def draw_curve(records: list[dict], path: str | Path, figures: dict[str, str] = RECALLS,
+               label: str = "validation recall at 1", most: float | None = 1.0) -> None:
+    """Loss (each step and smoothed) and validation figures over the steps, as a PNG.
+
+    Args:
+        figures: name in the validation records -> its legend.
+        label: of their axis, which ends at `most`.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -82,17 +90,17 @@ def draw_curve(records: list[dict], path: str | Path) -> None:
             smooth.append(average)
         axes.plot(x, y, color="tab:blue", alpha=0.3, linewidth=0.8)
         axes.plot(x, smooth, color="tab:blue", label="training loss")
-    axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    lowest = min((value for _, value in steps), default=0.0)
+    axes.set(xlabel="step", ylabel="loss", ylim=(0, None) if lowest >= 0 else None)
     axes.grid(alpha=0.3)
     if checks:
         right = axes.twinx()
-        for direction, color in (("image_to_text", "tab:orange"), ("text_to_image", "tab:green")):
-            label = f"{direction.replace('_', ' ')} R@1"
-            points = [(record["step"], record["validation"].get(f"{direction}_r1")) for record in checks]
+        for (name, legend), color in zip(figures.items(), _COLORS, strict=False):
+            points = [(record["step"], record["validation"].get(name)) for record in checks]
             points = [point for point in points if point[1] is not None]
             if points:
-                right.plot(*zip(*points, strict=True), color=color, marker=".", label=label)
-        right.set(ylabel="validation recall at 1", ylim=(0, 1))
+                right.plot(*zip(*points, strict=True), color=color, marker=".", label=legend)
+        right.set(ylabel=label, ylim=(0, most))
         if right.lines:
             right.legend(loc="center right")
     if steps:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import state as saved
 from .config import TrainConfig
-from .contrastive import Objective, accumulate_gradient
+from .contrastive import Objective, accumulate_gradient, chunk_sizes
 from .distributed import this_process
 from .log import CURVE_NAME, JSONLog, draw_curve
 from .schedule import WeightAverage, learning_rate, make_optimizer
@@ -108,8 +108,8 @@ class Trainer:
             while self.step < last and not self._stop:
                 epoch, first = divmod(self.step, self.per_epoch)
                 self.loader.set_epoch(epoch, first)
-                for images, tokens in self.loader:
-                    self._train_step(images, tokens, epoch, bar)
+                for batch in self.loader:
+                    self._train_step(batch, epoch, bar)
                     every = self.config.save_every
                     if self._stop or self.step >= last:
                         break
@@ -131,17 +131,33 @@ class Trainer:
             self.seconds += time.perf_counter() - start
         self.save()
 
-    def _train_step(self, images, tokens, epoch: int, bar) -> None:
+    def add_gradient(self, batch: tuple, factor: Tensor) -> tuple[Tensor, dict]:
+        """Adds the gradient of the batch's loss, times `factor`; returns the loss [] and figures for the log, those
+        under "parts" also for the progress bar."""
+        loss, accuracy = accumulate_gradient(self.wrapped, *batch, self.objective, self.config.accumulate,
+                                             autocast=self._autocast, loss_factor=factor)
+        return loss, {"accuracy": accuracy}
+
+    def after_step(self) -> dict:
+        """What the weights need after each optimizer step; returns figures for the log."""
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(0.0, math.log(100.0))
+        return {"logit_scale": self.model.logit_scale.exp().item()}
+
+    def examples(self, batch: tuple) -> int:
+        """How many of them a batch has."""
+        return len(batch[0])
+
+    def _train_step(self, batch, epoch: int, bar) -> None:
         start = time.perf_counter()
         device, config = self.process.device, self.config
-        images, tokens = images.to(device, non_blocking=True), tokens.to(device, non_blocking=True)
+        batch = tuple(part.to(device, non_blocking=True) for part in batch)
         lr = learning_rate(self.step, self.total, config)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         factor = self.scaler.scale(torch.ones((), device=device))
-        loss, accuracy = accumulate_gradient(self.wrapped, images, tokens, self.objective, config.accumulate,
-                                             autocast=self._autocast, loss_factor=factor)
+        loss, figures = self.add_gradient(batch, factor)
         value = loss.item()
         if not math.isfinite(value):
             raise saved.NonFiniteLoss(self._failure(f"the loss is {value}", lr))
@@ -152,8 +168,7 @@ class Trainer:
                 raise saved.NonFiniteLoss(self._failure(f"the norm of the gradient is {norm}", lr))
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        with torch.no_grad():
-            self.model.logit_scale.clamp_(0.0, math.log(100.0))
+        figures = {**self.after_step(), **figures}
         if self.average is not None:
             self.average.update(self.model)
         self.step += 1
@@ -161,12 +176,13 @@ class Trainer:
 
         elapsed = time.perf_counter() - start
         self.seconds += elapsed
-        count = len(images) * self.process.world
-        bar.set_postfix(loss=f"{value:.3f}", refresh=False)
+        count = self.examples(batch) * self.process.world
+        parts = figures.get("parts", {})
+        bar.set_postfix(loss=f"{value:.3f}", refresh=False,
+                        **{name: f"{x:.3f}" for name, x in parts.items() if len(parts) > 1})
         bar.update(count)
         if self.process.first and (self.step % config.log_every == 0 or self.step == self.total):
-            self.log.write(step=self.step, epoch=epoch + 1, loss=value, lr=lr,
-                           logit_scale=self.model.logit_scale.exp().item(), accuracy=accuracy,
+            self.log.write(step=self.step, epoch=epoch + 1, loss=value, lr=lr, **figures,
                            images_per_second=round(count / elapsed, 1), seconds=round(self.seconds, 3))
 
     def _failure(self, what: str, lr: float) -> str:
@@ -260,8 +276,12 @@ class Trainer:
             })
             with self._evaluation():
                 self._write_model()
-            draw_curve(self.log.records, self.out / CURVE_NAME)
+            self.draw(self.out / CURVE_NAME)
         self._barrier()
+
+    def draw(self, path: Path) -> None:
+        """Draws the curve of the log."""
+        draw_curve(self.log.records, path)
 
     def _data(self) -> dict[str, int]:
         """What decides the order of the pairs."""
@@ -297,6 +317,39 @@ class Trainer:
             raise ValueError(f"resume: the checkpoint in {self.out} is of another model ({reason})") from error
         self.step, self.seconds = state["step"], state["seconds"]
         saved.set_random_states(state["random"][self.process.rank], self.process.device)
+
+
+class LossTrainer(Trainer):
+    """Trains any model on a loss that is a mean over samples.
+
+    Args:
+        loss: `loss(model, *batch)` -> (loss [], figures for the log by name); the batch's tensors lie side by side
+            along their first dimension, and `config.accumulate` chunks of them are taken one after the other.
+        options: see `Trainer`.
+    """
+
+    def __init__(self, model: nn.Module, loader, config: TrainConfig,
+                 loss: Callable[..., tuple[Tensor, dict[str, float]]], **options):
+        super().__init__(model, loader, config, **options)
+        self.loss = loss
+
+    def add_gradient(self, batch: tuple[Tensor, ...], factor: Tensor) -> tuple[Tensor, dict]:
+        sizes = chunk_sizes(len(batch[0]), self.config.accumulate)
+        total, figures = torch.zeros((), device=batch[0].device), {}
+        for i, part in enumerate(zip(*(x.split(sizes) for x in batch), strict=True)):
+            last = i == len(sizes) - 1
+            share = sizes[i] / len(batch[0])
+            with self.wrapped.no_sync() if self.wrapped is not self.model and not last else nullcontext():
+                with self._autocast():
+                    loss, found = self.loss(self.wrapped, *part)
+                (loss * share * factor).backward()
+            total += loss.detach() * share
+            for name, value in found.items():
+                figures[name] = figures.get(name, 0.0) + float(value) * share
+        return total, figures
+
+    def after_step(self) -> dict:
+        return {}
 
 
 def train(model: nn.Module, loader, config: TrainConfig | None = None, *, stop_after: int | None = None,

@@ -1,7 +1,6 @@
 """Training of the BERT-like models: any selection of the pretraining objectives, or any loss made of parts."""
 
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 
@@ -17,11 +16,9 @@ from ..objectives.masking import word_ids
 from ..objectives.models import head_for, heads_of
 from ..objectives.multitask import TaskSampler
 from ..objectives.pretraining import Pretraining
-from . import state as saved
 from .config import TrainConfig
 from .contrastive import chunk_sizes
 from .loop import Trainer
-from .schedule import learning_rate
 
 MIXES = ("sum", "sample")
 # with the objective they belong to: drawn together, as UNITER does
@@ -47,8 +44,6 @@ class ObjectiveTrainer(Trainer):
         self.wrapped = self.model
 
     def add_gradient(self, batch: tuple, factor: Tensor) -> tuple[Tensor, dict]:
-        """Adds the gradient of the batch's loss, times `factor`, averaged over processes; returns the loss [] and
-        figures for the log."""
         sizes, parts, start = chunk_sizes(len(batch[1]), self.config.accumulate), {}, 0
         for size in sizes:
             chunk = batch if len(sizes) == 1 else [rows(part, start, start + size) for part in batch]
@@ -68,49 +63,14 @@ class ObjectiveTrainer(Trainer):
         return values.sum(), {"parts": dict(zip(parts, values.tolist(), strict=True))}
 
     def after_step(self) -> dict:
-        """What the weights need after each optimizer step."""
         scale = getattr(self.model, "logit_scale", None)
         if scale is not None:
             with torch.no_grad():
                 scale.clamp_(0.0, math.log(100.0))
         return {}
 
-    def _train_step(self, *given) -> None:
-        *batch, epoch, bar = given
-        batch = batch[0] if len(batch) == 1 else batch
-        start = time.perf_counter()
-        device, config = self.process.device, self.config
-        batch = tuple(part.to(device) for part in batch)
-        lr = learning_rate(self.step, self.total, config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
-        loss, figures = self.add_gradient(batch, self.scaler.scale(torch.ones((), device=device)))
-        value = loss.item()
-        if not math.isfinite(value):
-            raise saved.NonFiniteLoss(self._failure(f"the loss is {value}", lr))
-        self.scaler.unscale_(self.optimizer)
-        if config.max_grad_norm:
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm).item()
-            if not math.isfinite(norm) and not self.scaler.is_enabled():
-                raise saved.NonFiniteLoss(self._failure(f"the norm of the gradient is {norm}", lr))
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        figures |= self.after_step()
-        if self.average is not None:
-            self.average.update(self.model)
-        self.step += 1
-        self._agree_on_stop()
-
-        elapsed = time.perf_counter() - start
-        self.seconds += elapsed
-        count = len(batch[1]) * self.process.world
-        bar.set_postfix(loss=f"{value:.3f}", refresh=False,
-                        **{part: f"{x:.3f}" for part, x in figures["parts"].items() if len(figures["parts"]) > 1})
-        bar.update(count)
-        if self.process.first and (self.step % config.log_every == 0 or self.step == self.total):
-            self.log.write(step=self.step, epoch=epoch + 1, loss=value, lr=lr, **figures,
-                           images_per_second=round(count / elapsed, 1), seconds=round(self.seconds, 3))
+    def examples(self, batch: tuple) -> int:
+        return len(batch[1])  # an example may have several pictures
 
     def _data(self) -> dict:
         return {**super()._data(), "loss": self.name}

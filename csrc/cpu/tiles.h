@@ -1,6 +1,6 @@
-// Packing and transposing for attention. Scores are kept with the queries along the vectors, P^T [keys][queries]: the
-// softmax of 16 queries then is straight vertical arithmetic whose order depends on the keys alone, so that padding,
-// packing and tiling cannot change a bit of it, and P^T serves as the broadcast operand of every product as it stands.
+// Packing and transposing for kernels that keep scores with the queries along the vectors, [keys][queries]: the softmax
+// of 16 queries then is straight vertical arithmetic whose order depends on the keys alone, so that padding, packing and
+// tiling cannot change a bit of it, and the scores serve as the broadcast operand of every product as they stand.
 #pragma once
 #include <algorithm>
 #include <utility>

@@ -1,0 +1,37 @@
+"""`examples/draw_pictures.py` on the stamps, cut short."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def example():
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        yield importlib.import_module("draw_pictures")
+    finally:
+        sys.path.remove(str(EXAMPLES))
+
+
+@pytest.fixture(scope="module")
+def pack(shared_dir):
+    return shared_dir / "data" / "tuxpaint.zip"
+
+
+def test_stamps_are_split_without_shared_captions(example, pack):
+    train, held_out = example.stamps(pack)
+    assert train.images.shape[1:] == (3, 32, 32) and 0.08 < len(held_out) / (len(train) + len(held_out)) < 0.12
+    assert not {caption.lower() for caption in train.captions} & {caption.lower() for caption in held_out.captions}
+
+
+def test_writes_the_report_of_both_sets(example, pack, tmp_path):
+    assert example.main(["--data", str(pack), "--out", str(tmp_path), "--seconds", "1", "--no-progress",
+                         "--threads", "1"]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "tuxpaint, held out" in text and "emoji, held-out concepts" in text
+    assert (tmp_path / "drawn.png").exists() and (tmp_path / "model" / "vae" / "config.json").exists()
