@@ -59,7 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     set_threads(args.threads)
     torch.set_flush_denormal(True)  # unused words' second moments fade into slow subnormal numbers
-    command = f"python examples/draw_pictures.py --data {args.data.name} --threads {args.threads}"
+    command = f"python examples/draw_pictures.py --data {args.data.name} --threads {args.threads}" + (
+        f" --seconds {args.seconds:g}" if args.seconds is not None else "")
     try:
         return write(Drawing.prepare(args.seed, stamps(args.data, args.seed)), args.out, command, collect(),
                      args.seconds, not args.no_progress)

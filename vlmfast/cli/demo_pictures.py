@@ -265,19 +265,23 @@ def code_table(rows: Sequence[CodeRow]) -> str:
 def write(drawing: Drawing, out: Path, command: str, facts: dict, seconds: float | None, progress: bool) -> int:
     """Trains both, measures, draws and writes the folder; the command's exit status."""
     from ..checkpoints import save_pretrained
+    from ..checkpoints.dalle import VAE_FOLDER
     from ..training.log import draw_curve
 
     print(drawing.describe(), flush=True)
     half = None if seconds is None else seconds / 2
     dvae = drawing.train_dvae(half, progress)
-    if not dvae.interrupted:
-        reconstructions = drawing.reconstructions()
-        drawing.reconstruction_sheet().save(out / "reconstruction.png")
-        print(f"discrete VAE: {dvae.step} steps in {drawing.seconds['dvae']:.0f} s\n"
-              f"{reconstruction_table(reconstructions)}", flush=True)
-        dalle = drawing.train_dalle(half, progress)
-    if dvae.interrupted or dalle.interrupted:
-        print("stopped; nothing of it is kept")
+    if dvae.interrupted:
+        print(f"stopped at step {dvae.step} of {dvae.total}; nothing of it is kept")
+        return 130
+    reconstructions = drawing.reconstructions()
+    drawing.reconstruction_sheet().save(out / "reconstruction.png")
+    save_pretrained(drawing.dvae, out / "model" / VAE_FOLDER)
+    print(f"discrete VAE: {dvae.step} steps in {drawing.seconds['dvae']:.0f} s\n"
+          f"{reconstruction_table(reconstructions)}", flush=True)
+    dalle = drawing.train_dalle(half, progress)
+    if dalle.interrupted:
+        print(f"stopped at step {dalle.step} of {dalle.total}; the discrete VAE is in {out}/model/{VAE_FOLDER}")
         return 130
     rows = drawing.code_rows()
     print(f"DALL-E: {dalle.step} steps in {drawing.seconds['dalle']:.0f} s\n{code_table(rows)}", flush=True)
