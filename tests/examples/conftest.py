@@ -1,10 +1,11 @@
-"""Pictures for the runs on composed scenes."""
+"""Pictures for the runs on composed scenes, and threads of the trainings."""
 
 import io
 import json
 import zipfile
 
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 KINDS = ("apple", "truck", "hat", "tree")
@@ -24,3 +25,15 @@ def stamps(tmp_path_factory):
             image.save(buffer, "WEBP", lossless=True)
             archive.writestr(f"img/{i}.webp", buffer.getvalue())
     return path
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(request):
+    """Two threads on a busy machine can take many times as long as one."""
+    if request.node.get_closest_marker("training") is None:
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

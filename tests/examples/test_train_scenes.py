@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import vlmfast
 
@@ -41,7 +40,6 @@ def test_real_pictures_are_answered_well_above_the_majority(example, shared_dir,
     data = shared_dir / "data" / "tuxpaint.zip"
     if not data.is_file():
         pytest.skip(f"no {data}")
-    torch.set_num_threads(1)
     rows = {row["on"]: row for row in example.run(data, tmp_path, progress=False)["rows"]}
     for name, margin in (("questions, new scenes", 0.2), ("statements on two pictures, new scenes", 0.1)):
         row = rows[name]
