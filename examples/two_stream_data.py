@@ -175,18 +175,26 @@ class Targets:
     masked: Tensor
 
 
-def make_batch(texts: Texts, pictures: Pictures, index: Tensor) -> tuple[dict[str, Tensor], Targets]:
+    def to(self, device, non_blocking: bool = False) -> "Targets":
+        return Targets(**{name: value.to(device, non_blocking=non_blocking) for name, value in vars(self).items()})
+
+
+class Inputs(dict):
+    """Arguments of `model(**inputs)`."""
+
+    def to(self, device, non_blocking: bool = False) -> "Inputs":
+        return Inputs({name: value.to(device, non_blocking=non_blocking) for name, value in self.items()})
+
+
+def make_batch(texts: Texts, pictures: Pictures, index: Tensor) -> tuple[Inputs, Targets]:
     """Inputs of `model(**inputs)` and unmasked targets of the texts `index` [B], cut to the longest."""
     scenes, lengths = texts.scenes[index], texts.lengths[index]
     counts = pictures.regions.lengths[scenes]
     longest, most = int(lengths.max()), int(counts.max())
-    inputs = {
-        "input_ids": texts.input_ids[index, :longest],
-        "image_feat": pictures.regions.features[scenes, :most],
-        "image_loc": pictures.regions.boxes[scenes, :most],
-        "text_lengths": lengths,
-        "num_regions": counts,
-    }
+    inputs = Inputs(
+        input_ids=texts.input_ids[index, :longest], image_feat=pictures.regions.features[scenes, :most],
+        image_loc=pictures.regions.boxes[scenes, :most], text_lengths=lengths, num_regions=counts,
+    )  # fmt: skip
     targets = Targets(texts.answers[index], texts.truths[index], torch.full_like(inputs["input_ids"], IGNORE),
                       pictures.kinds[scenes, :most], pictures.colors[scenes, :most], inputs["image_feat"],
                       torch.zeros(len(index), most, dtype=torch.bool))
@@ -219,7 +227,7 @@ class BatchLoader:
         """The epoch of the next pass, `start` batches of which are taken as done."""
         self.epoch, self.start = epoch, start
 
-    def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Targets]]:
+    def __iter__(self) -> Iterator[tuple[Inputs, Targets]]:
         start, self.start = self.start, 0
         order = torch.from_numpy(np.random.default_rng([self.seed, self.epoch]).permutation(len(self.texts)))
         for k in range(start, len(self)):
@@ -231,15 +239,15 @@ class BatchLoader:
                 inputs, targets = self._masked(inputs, targets, torch.Generator().manual_seed(seed))
             yield inputs, targets
 
-    def _exchanged(self, inputs: dict[str, Tensor], targets: Targets, scenes: Tensor):
+    def _exchanged(self, inputs: Inputs, targets: Targets, scenes: Tensor):
         """The first texts change places: each gets the next one's, and is false unless both show the same scene."""
         count = int(len(scenes) * MISMATCHED)
         source = torch.arange(len(scenes))
         source[:count] = source[:count].roll(-1)
         changed = {name: inputs[name][source] for name in ("input_ids", "text_lengths")}
-        return {**inputs, **changed}, replace(targets, truths=(scenes == scenes[source]).long())
+        return Inputs({**inputs, **changed}), replace(targets, truths=(scenes == scenes[source]).long())
 
-    def _masked(self, inputs: dict[str, Tensor], targets: Targets, generator: torch.Generator):
+    def _masked(self, inputs: Inputs, targets: Targets, generator: torch.Generator):
         ids, mine = inputs["input_ids"], (targets.truths == 1)[:, None]
         column = torch.arange(ids.shape[1])
         inner = (column > 0) & (column < inputs["text_lengths"][:, None] - 1)  # between [CLS] and [SEP]
@@ -249,7 +257,7 @@ class BatchLoader:
         new = torch.where(chosen & (roll < 0.8), self.mask_id, torch.where(chosen & (roll >= 0.9), other, ids))
         features, masked = self._masked_regions(inputs, generator)
         targets = replace(targets, words=torch.where(chosen & mine, ids, IGNORE), masked=masked & mine)
-        return {**inputs, "input_ids": new, "image_feat": features}, targets
+        return Inputs({**inputs, "input_ids": new, "image_feat": features}), targets
 
     def _masked_regions(self, inputs: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Features [B, R, D] with regions masked, and which [B, R]."""

@@ -1,7 +1,5 @@
 """Small ViLBERT and LXMERT, their losses on composed scenes, and the training loop; used by train_two_stream.py."""
 
-import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +16,7 @@ from vlmfast.objectives.bert_like import (
     lxmert_pretraining_loss,
     vilbert_pretraining_loss,
 )
-from vlmfast.training import NonFiniteLoss, Trainer, learning_rate
+from vlmfast.training import Trainer
 
 WIDTH, HEADS, INNER, POSITIONS = 128, 4, 256, 32
 DROPOUT = 0.0
@@ -114,28 +112,17 @@ class TwoStreamTrainer(Trainer):
         super().__init__(model, loader, config, **options)
         self.loss, self.heads = loss, heads
 
-    def _train_step(self, inputs: dict[str, Tensor], targets: Targets, epoch: int, bar) -> None:
-        start = time.perf_counter()
-        lr = learning_rate(self.step, self.total, self.config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
+    def add_gradient(self, batch: tuple[dict[str, Tensor], Targets], factor: Tensor) -> tuple[Tensor, dict]:
+        inputs, targets = batch
         loss = self.loss(self.model(**inputs, heads=self.heads).logits, targets)
-        value = loss.total.item()
-        if not math.isfinite(value):
-            raise NonFiniteLoss(self._failure(f"the loss is {value}", lr))
-        loss.total.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        self.optimizer.step()
-        self.step += 1
-        elapsed = time.perf_counter() - start
-        self.seconds += elapsed
-        bar.set_postfix(loss=f"{value:.3f}", refresh=False)
-        bar.update(len(targets.answers))
-        if self.step % self.config.log_every == 0 or self.step == self.total:
-            parts = {name: part.item() for name, part in loss.parts.items()}
-            self.log.write(step=self.step, epoch=epoch + 1, loss=value, lr=lr, **parts,
-                           texts_per_second=round(len(targets.answers) / elapsed, 1), seconds=round(self.seconds, 3))
+        (loss.total * factor).backward()
+        return loss.total.detach(), {name: part.item() for name, part in loss.parts.items()}
+
+    def after_step(self) -> dict:
+        return {}
+
+    def examples(self, batch: tuple[dict[str, Tensor], Targets]) -> int:
+        return len(batch[1].answers)
 
 
 @torch.no_grad()
