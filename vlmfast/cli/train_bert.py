@@ -1,14 +1,12 @@
 """`vlmfast train uniter` and its relatives: pretraining and fine-tuning of BERT-like models on region features."""
 
 import argparse
-import json
-import shlex
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from . import positive, set_threads
-from .train_clip import SETTINGS_NAME, _line, _write_json
+from . import positive, set_threads, train_run
+from .train_run import add_optimisation, add_run, line, option, stopped, write_settings
 
 HELP = "train {} on region features with captions, or on a task"
 MODELS = ("vilbert", "lxmert", "visualbert", "uniter", "vlbert", "imagebert", "vdbert")
@@ -56,15 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser, model: str) -> None:
     parser.epilog = f"Many processes: torchrun --nproc_per_node 2 --no-python vlmfast train {model} --data ... " \
                     "--out ..."
 
-    def option(group, name: str, kind, text: str, **more) -> None:
-        group.add_argument(name, type=kind, default=argparse.SUPPRESS, help=text, **more)
-
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER",
-                        help="run folder: checkpoint, log.jsonl, loss.png")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: CUDA where there is a GPU")
-    parser.add_argument("--threads", type=positive, metavar="N")
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    add_run(parser)
 
     data = parser.add_argument_group("data")
     option(data, "--data", str, "region features (.tsv, .npz, LMDB, HDF5, a folder of .npz), or a folder with such a "
@@ -102,74 +92,19 @@ def add_arguments(parser: argparse.ArgumentParser, model: str) -> None:
     option(model_group, "--max-tokens", positive, "tokens of the longest text, longer ones are cut (what the model has "
                                                   "positions for)")
 
-    steps = parser.add_argument_group("optimisation")
-    option(steps, "--epochs", positive, "(10)")
-    option(steps, "--steps", positive, "optimizer steps, instead of epochs")
-    option(steps, "--batch-size", positive, "examples per process and step (64)")
-    option(steps, "--accumulate", positive, "compute the batch in so many chunks (1)")
-    option(steps, "--lr", float, "(1e-4)")
-    option(steps, "--min-lr", float, "where the cosine ends (0)")
-    option(steps, "--warmup", float, "share of the steps (0.1)")
-    option(steps, "--weight-decay", float, "(0.01)")
-    option(steps, "--max-grad-norm", float, "(1); 0: no clipping")
-    option(steps, "--amp", str, "none, bf16 or fp16 (none)", choices=("none", "bf16", "fp16"))
-    option(steps, "--ema", float, "decay of averaged weights (0: none)")
-    option(steps, "--seed", int, "(0)")
-    option(steps, "--save-every", positive, "steps between checkpoints within an epoch")
-    option(steps, "--log-every", positive, "steps between log lines (1)")
+    add_optimisation(parser, "examples per process and step (64)", "compute the batch in so many chunks (1)",
+                     dict(lr=DEFAULTS["lr"], min_lr=0, warmup=0.1, weight_decay=DEFAULTS["weight_decay"],
+                          max_grad_norm=1, ema=0))
 
 
 def settings_of(args) -> tuple[Settings, dict]:
-    """(settings, TrainConfig fields) from the command line, on --resume completed by what the run was started with.
-
-    Raises:
-        FileNotFoundError: nothing to resume. ValueError: a flag differs from the run's, or the folder is taken.
-    """
-    from ..training import TrainConfig
-    from ..training.state import STATE_NAME
-
-    ours = {field.name for field in fields(Settings)}
-    theirs = {field.name for field in fields(TrainConfig)}
-    given = {name: value for name, value in vars(args).items() if name in ours | theirs}
-    for name, value in given.items():
-        if isinstance(value, Path):
-            given[name] = str(value)
-    for name in ("train", "config"):
-        if name in given:
-            given[name] = tuple(given[name].split(",") if isinstance(given[name], str) else given[name])
-    path = args.out / SETTINGS_NAME
-    if args.resume:
-        given = _resumed(path, given, ours | theirs)
-    else:
-        if (args.out / STATE_NAME).exists():
-            raise ValueError(f"--out: {args.out} already holds a run; add --resume, or take another folder")
-        if "data" not in given:
-            raise ValueError("--data is missing")
-        given = DEFAULTS | given
-    settings = Settings(**{name: value for name, value in given.items() if name in ours})
-    config = {name: value for name, value in given.items() if name in theirs}
-    if not 0 <= settings.val_fraction < 1:
-        raise ValueError(f"--val-fraction is {settings.val_fraction}, must be in [0, 1)")
+    """(settings, TrainConfig fields); see `train_run.settings_of`."""
+    settings, config = train_run.settings_of(args, Settings, defaults=DEFAULTS, free=FREE, lists=("train", "config"))
     if settings.cache < 0:
         raise ValueError(f"--cache is {settings.cache}, must be 0 or more")
     if settings.task is None and settings.train:
         raise ValueError("--train goes with --task; captions are given with --captions")
     return settings, config
-
-
-def _resumed(path: Path, given: dict, names: set[str]) -> dict:
-    if not path.is_file():
-        raise FileNotFoundError(f"--resume: {path.parent} holds no {path.name}; no run was started there")
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        stored = {name: tuple(value) if isinstance(value := stored[name], list) else value for name in names}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"--resume: {path} is damaged or of another kind of run ({error})") from error
-    for name, value in given.items():
-        if name not in FREE and value != stored[name]:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, the run in {path.parent} has {stored[name]}; "
-                             "leave it out, or start another run")
-    return {**stored, **given}
 
 
 def run(args) -> int:
@@ -193,15 +128,14 @@ def _run(args, settings: Settings, config, process) -> int:
 
     progress = not args.no_progress
     resumed = args.out if args.resume else None
-    job = prepare(settings, config, process, resumed, say, line=_line if progress else print)
+    job = prepare(settings, config, process, resumed, say, line=line if progress else print)
     model = job.model
     count = sum(parameter.numel() for parameter in model.parameters())
     say(f"{settings.model}: {count / 1e6:.2f}M parameters from {job.started}, {model.tokenizer.vocab_size} tokens; "
         f"an epoch has {len(job.loader)} steps of {job.loader.batch_size * process.world} {job.unit}, on "
         f"{process.world} x {process.device}")
     if process.first:
-        args.out.mkdir(parents=True, exist_ok=True)
-        _write_json(args.out / SETTINGS_NAME, {**asdict(settings), **config.to_dict()})
+        write_settings(args.out, {**asdict(settings), **config.to_dict()})
     trainer = ObjectiveTrainer(model, job.loader, config, job.loss, name=job.name, out=args.out, validate=job.validate,
                                resume=args.resume, device=process.device, progress=progress, save_model=job.save)
     if trainer.step:
@@ -211,8 +145,7 @@ def _run(args, settings: Settings, config, process) -> int:
     if (skipped := job.skipped()):
         say(f"left out while reading: {skipped}")
     if result.interrupted:
-        say(f"stopped at step {result.step} of {result.total}, saved in {args.out}; go on with\n"
-            f"  vlmfast train {settings.model} --out {shlex.quote(str(args.out))} --resume")
+        say(stopped(result, args.out, settings.model))
         return 130
     if process.first:
         print(summary(result.records, job.cut, job.unit))

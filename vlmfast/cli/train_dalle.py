@@ -3,10 +3,9 @@
 import argparse
 import shlex
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from . import positive, set_threads
-from .train_clip import SETTINGS_NAME, _line, _write_json, settings_of
+from .train_run import add_optimisation, add_run, line, option, settings_of, stopped, write_settings
 
 HELP = "train DALL-E on pictures with captions, over the codes of a discrete VAE; torchrun for many processes"
 # the paper's, app. B.2, where TrainConfig's are CLIP's
@@ -39,15 +38,7 @@ class Settings:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    def option(group, name: str, kind, text: str, **more) -> None:
-        group.add_argument(name, type=kind, default=argparse.SUPPRESS, help=text, **more)
-
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER",
-                        help="run folder: checkpoint, log.jsonl, loss.png, samples.png")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: CUDA where there is a GPU")
-    parser.add_argument("--threads", type=positive, metavar="N")
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    add_run(parser, SAMPLES_NAME)
 
     data = parser.add_argument_group("data")
     option(data, "--dvae", str, "run folder or checkpoint of the discrete VAE")
@@ -70,20 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(model, "--context-length", positive, "tokens of the longest text")
     option(model, "--image-size", positive, "side in pixels (that of the discrete VAE)")
 
-    steps = parser.add_argument_group("optimisation")
-    option(steps, "--epochs", positive, "(10)")
-    option(steps, "--steps", positive, "optimizer steps, instead of epochs")
-    option(steps, "--batch-size", positive, "pairs per process and step (64)")
-    option(steps, "--accumulate", positive, "chunks that a batch is taken in; same gradient, less memory (1)")
-    for name, value in DEFAULTS.items():
-        if name not in ("beta1", "eps"):
-            option(steps, "--" + name.replace("_", "-"), float, f"({value})")
-    option(steps, "--min-lr", float, "where the cosine ends (0)")
-    option(steps, "--amp", str, "none, bf16 or fp16 (none)", choices=("none", "bf16", "fp16"))
-    option(steps, "--ema", float, "decay of averaged weights (0: none)")
-    option(steps, "--seed", int, "(0)")
-    option(steps, "--save-every", positive, "steps between checkpoints within an epoch")
-    option(steps, "--log-every", positive, "steps between log lines (1)")
+    numbers = {name: value for name, value in DEFAULTS.items() if name not in ("beta1", "eps")}
+    add_optimisation(parser, "pairs per process and step (64)",
+                     "chunks that a batch is taken in; same gradient, less memory (1)",
+                     {**numbers, "min_lr": 0, "ema": 0})
 
 
 def run(args) -> int:
@@ -91,10 +72,10 @@ def run(args) -> int:
     from ..training import TrainConfig
     from ..training.distributed import torchrun
 
-    settings, values = settings_of(args, Settings, ("data", "dvae"))
+    settings, values = settings_of(args, Settings, ("data", "dvae"), defaults=DEFAULTS)
     if not 0 <= settings.drop_text < 1:
         raise ValueError(f"--drop-text is {settings.drop_text}, must be in [0, 1)")
-    config = TrainConfig(**{**DEFAULTS, **values})
+    config = TrainConfig(**values)
     with torchrun(args.device) as process:
         return _run(args, settings, config, process)
 
@@ -128,15 +109,14 @@ def _run(args, settings: Settings, config, process) -> int:
         f"{sizes.image_grid[1]} of {sizes.num_image_tokens} codes, {model.tokenizer.vocab_size} tokens; an epoch has "
         f"{len(loader)} steps of {loader.batch_size * process.world} pairs, on {process.world} x {process.device}")
     if process.first:
-        args.out.mkdir(parents=True, exist_ok=True)
-        _write_json(args.out / SETTINGS_NAME, {**asdict(settings), **config.to_dict()})
+        write_settings(args.out, {**asdict(settings), **config.to_dict()})
         if not args.resume:
             save_pretrained(model.vae, args.out / VAE_FOLDER)
 
     progress = not args.no_progress
     validate = None
     if data.val is not None:
-        validate = validation(data.val, settings, args.out / SAMPLES_NAME, say=_line if progress else print)
+        validate = validation(data.val, settings, args.out / SAMPLES_NAME, say=line if progress else print)
     trainer = LossTrainer(model, loader, config, code_loss(settings.drop_text), out=args.out, validate=validate,
                           resume=args.resume, device=process.device, progress=progress, save_model=save_transformer)
     if trainer.step:
@@ -146,8 +126,7 @@ def _run(args, settings: Settings, config, process) -> int:
     if skipped:
         say(f"left out while reading: {skipped}")
     if result.interrupted:
-        say(f"stopped at step {result.step} of {result.total}, saved in {args.out}; go on with\n"
-            f"  vlmfast train dalle --out {shlex.quote(str(args.out))} --resume")
+        say(stopped(result, args.out, "dalle"))
         return 130
     say(f"{result.step} steps done; model, log.jsonl and loss.png are in {args.out}; draw with\n"
         f"  vlmfast generate {shlex.quote(str(args.out))} 'a text' --out picture.png")

@@ -1,12 +1,10 @@
 """`vlmfast train dvae`: pictures to codes and back, the first half of DALL-E."""
 
 import argparse
-import shlex
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 
 from . import positive, set_threads
-from .train_clip import SETTINGS_NAME, _line, _write_json, settings_of
+from .train_run import add_optimisation, add_run, line, option, settings_of, stopped, write_settings
 
 HELP = "train a discrete VAE on a folder of pictures; torchrun for many processes"
 # the paper's, app. A.2, where TrainConfig's are CLIP's; the learning rate is that of small models and short runs
@@ -42,15 +40,7 @@ class Settings:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Then: vlmfast train dalle --dvae RUN --data PAIRS --out FOLDER"
 
-    def option(group, name: str, kind, text: str, **more) -> None:
-        group.add_argument(name, type=kind, default=argparse.SUPPRESS, help=text, **more)
-
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER",
-                        help="run folder: checkpoint, log.jsonl, loss.png, reconstruction.png")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: CUDA where there is a GPU")
-    parser.add_argument("--threads", type=positive, metavar="N")
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    add_run(parser, "reconstruction.png")
 
     data = parser.add_argument_group("data")
     option(data, "--data", str, "folder of pictures, with captions or without; a caption file; tar shards; "
@@ -81,19 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
            choices=("linear", "half_cosine", "quarter_cosine", "exponential"))
     option(loss, "--sheet-every", positive, "steps between sheets of reconstructions (500)")
 
-    steps = parser.add_argument_group("optimisation")
-    option(steps, "--epochs", positive, "(10)")
-    option(steps, "--steps", positive, "optimizer steps, instead of epochs")
-    option(steps, "--batch-size", positive, "pictures per process and step (32)")
-    option(steps, "--accumulate", positive, "chunks that a batch is taken in; same gradient, less memory (1)")
-    for name in ("lr", "warmup", "weight_decay", "beta1", "beta2", "ema"):
-        option(steps, "--" + name.replace("_", "-"), float, f"({DEFAULTS[name]})")
-    option(steps, "--min-lr", float, "where the cosine ends (0)")
-    option(steps, "--max-grad-norm", float, "(1); 0: no clipping")
-    option(steps, "--amp", str, "none, bf16 or fp16 (none)", choices=("none", "bf16", "fp16"))
-    option(steps, "--seed", int, "(0)")
-    option(steps, "--save-every", positive, "steps between checkpoints within an epoch")
-    option(steps, "--log-every", positive, "steps between log lines (1)")
+    numbers = ("lr", "warmup", "weight_decay", "beta1", "beta2", "ema")
+    add_optimisation(parser, "pictures per process and step (32)",
+                     "chunks that a batch is taken in; same gradient, less memory (1)",
+                     {**{name: DEFAULTS[name] for name in numbers}, "min_lr": 0, "max_grad_norm": 1})
 
 
 def run(args) -> int:
@@ -101,8 +82,8 @@ def run(args) -> int:
     from ..training import TrainConfig
     from ..training.distributed import torchrun
 
-    settings, values = settings_of(args, Settings)
-    config = TrainConfig(**{**DEFAULTS, **values})
+    settings, values = settings_of(args, Settings, defaults=DEFAULTS)
+    config = TrainConfig(**values)
     with torchrun(args.device) as process:
         return _run(args, settings, config, process)
 
@@ -132,13 +113,12 @@ def _run(args, settings: Settings, config, process) -> int:
         f"out of {model.vocab_size}; an epoch has {len(loader)} steps of {loader.batch_size * process.world} pictures, "
         f"on {process.world} x {process.device}")
     if process.first:
-        args.out.mkdir(parents=True, exist_ok=True)
-        _write_json(args.out / SETTINGS_NAME, {**asdict(settings), **config.to_dict()})
+        write_settings(args.out, {**asdict(settings), **config.to_dict()})
 
     progress = not args.no_progress
     validate, sheet = None, None
     if data.val is not None:
-        validate, sheet = validation(data, plain, say=_line if progress else print)
+        validate, sheet = validation(data, plain, say=line if progress else print)
     trainer = DVAETrainer(model, loader, config, objective, sheet=sheet, sheet_every=settings.sheet_every, out=args.out,
                           validate=validate, resume=args.resume, device=process.device, progress=progress)
     if trainer.step:
@@ -148,8 +128,7 @@ def _run(args, settings: Settings, config, process) -> int:
     if skipped:
         say(f"left out while reading: {skipped}")
     if result.interrupted:
-        say(f"stopped at step {result.step} of {result.total}, saved in {args.out}; go on with\n"
-            f"  vlmfast train dvae --out {shlex.quote(str(args.out))} --resume")
+        say(stopped(result, args.out, "dvae"))
         return 130
     say(f"{result.step} steps done; model, log.jsonl, loss.png and reconstruction.png are in {args.out}")
     return 0
