@@ -4,10 +4,13 @@
 
 #include <algorithm>
 #include <array>
+#include <tuple>
+#include <vector>
 
 #include "cpu/alignment.h"
 #include "cpu/attention.h"
 #include "cpu/decoding.h"
+#include "cpu/diffusion.h"
 #include "cpu/dispatch.h"
 #include "cpu/info_nce.h"
 #include "cpu/parallel.h"
@@ -17,6 +20,8 @@ namespace py = pybind11;
 using namespace vlmfast;
 using vlmfast::cpu::Attention;
 using vlmfast::cpu::BiAttention;
+using vlmfast::cpu::Denoise;
+using vlmfast::cpu::DiffusionLoss;
 using vlmfast::cpu::Grid;
 using vlmfast::cpu::Pairs;
 using vlmfast::cpu::Plane;
@@ -200,6 +205,41 @@ void gumbel_noise(int64_t rows, int64_t vocabulary, uint64_t seed, uint64_t offs
   cpu::gumbel_noise(rows, vocabulary, seed, offset, wide, at<void>(to), threads);
 }
 
+// batch, channels, inner
+using SampleSizes = std::array<int64_t, 3>;
+
+void denoise_step(const SampleSizes& sizes, Address x, int x_dtype, Address out, int out_dtype,
+                  const std::array<int64_t, 2>& out_strides, bool guided, bool learned, double guidance_scale,
+                  double clamp, const std::array<Address, 4>& extra, Address mask,
+                  const std::array<int64_t, 2>& mask_strides, const std::array<Address, 3>& history,
+                  const std::array<double, 4>& weights, Address t, int64_t step, Address table, bool draws,
+                  uint64_t seed, uint64_t offset, const std::array<Address, 3>& found, int threads) {
+  Denoise call;
+  std::tie(call.batch, call.channels, call.inner) = std::tie(sizes[0], sizes[1], sizes[2]);
+  call.x = {at<void>(x), DType(x_dtype), call.channels * call.inner};
+  call.out = {at<void>(out), DType(out_dtype), out_strides[0]};
+  call.guided = guided, call.learned = learned, call.guidance_scale = guidance_scale, call.clamp = clamp;
+  call.threshold = at<void>(extra[0]), call.image = at<void>(extra[1]), call.shift = at<void>(extra[2]);
+  call.noise = at<void>(extra[3]), call.mask = at<void>(mask);
+  call.mask_batch = mask_strides[0], call.mask_channel = mask_strides[1];
+  for (size_t k = 0; k < 3; ++k) call.history[k] = at<void>(history[k]), call.found[k] = at<void>(found[k]);
+  std::copy(weights.begin(), weights.end(), call.weights);
+  call.t = at<int64_t>(t), call.step = step, call.table = at<double>(table);
+  call.draws = draws, call.seed = seed, call.offset = offset, call.threads = threads;
+  cpu::denoise_step(call);
+}
+
+template <void kernel(const DiffusionLoss&)>
+void diffusion_loss(const SampleSizes& sizes, Address out, int out_dtype, Address noise, int noise_dtype, Address x0,
+                    int x0_dtype, const std::array<int64_t, 2>& out_strides, Address t, int64_t step, Address table,
+                    bool learned, const std::vector<Address>& found, int threads) {
+  int64_t size = sizes[1] * sizes[2];
+  kernel({sizes[0], sizes[1], sizes[2], {at<void>(out), DType(out_dtype), out_strides[0]},
+          {at<void>(noise), DType(noise_dtype), size}, {at<void>(x0), DType(x0_dtype), size}, at<int64_t>(t), step,
+          at<double>(table), learned, at<void>(found.at(0)), at<void>(found.at(1)),
+          found.size() > 2 ? at<void>(found[2]) : nullptr, threads});
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = VLMFAST_VERSION;
@@ -252,6 +292,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("quantize_bwd", &quantize_bwd, no_gil);
   m.def("encode_indices", &encode_indices, no_gil);
   m.def("few_row_linear", &few_row_linear, no_gil);
+  m.def("denoise_step", &denoise_step, no_gil);
+  m.def("diffusion_loss", &diffusion_loss<cpu::diffusion_loss>, no_gil);
+  m.def("diffusion_loss_bwd", &diffusion_loss<cpu::diffusion_loss_bwd>, no_gil);
   m.def("gumbel_noise", &gumbel_noise, no_gil);
 
   m.def("use_openmp", &use_openmp);

@@ -20,7 +20,7 @@ except ImportError as error:
                           f"or start Python elsewhere to use an installed one ({error})") from error
     raise
 
-_SUBMODULES = ("ops", "layers", "models", "objectives", "tasks", "checkpoints", "data", "training", "viz")
+_SUBMODULES = ("ops", "diffusion", "layers", "models", "objectives", "tasks", "checkpoints", "data", "training", "viz")
 _FUNCTIONS = {"create": "models", "list_models": "models", "load": "checkpoints", "save_pretrained": "checkpoints",
               "backend": "ops", "backends": "ops"}
 

@@ -8,6 +8,7 @@
 #include "alignment.h"
 #include "attention.h"
 #include "decoding.h"
+#include "diffusion.h"
 #include "info_nce.h"
 #include "quantize.h"
 
@@ -92,6 +93,10 @@ void encode_indices(const Encode& call) { VLMFAST_DISPATCH(encode_indices(call))
 void gumbel_noise(int64_t rows, int64_t vocabulary, uint64_t seed, uint64_t offset, bool wide, void* to, int threads) {
   VLMFAST_DISPATCH(gumbel_noise(rows, vocabulary, seed, offset, wide, to, threads))
 }
+
+void denoise_step(const Denoise& call) { VLMFAST_DISPATCH(denoise_step(call)) }
+void diffusion_loss(const DiffusionLoss& call) { VLMFAST_DISPATCH(diffusion_loss(call)) }
+void diffusion_loss_bwd(const DiffusionLoss& call) { VLMFAST_DISPATCH(diffusion_loss_bwd(call)) }
 
 void few_row_linear(const Linear& call) { VLMFAST_DISPATCH(few_row_linear(call)) }
 

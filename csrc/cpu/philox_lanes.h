@@ -67,5 +67,16 @@ struct PhiloxLanes {
   }
 };
 
+// -log(1 - u) of u = (word + 1/2) / 2^32, with 1 - u itself counted from the other end beyond a half.
+template <class T>
+inline Vec<T> exponential(typename PhiloxLanes<T>::Words words) {
+  using Signed = typename PhiloxLanes<T>::Signed;
+  Signed upper = (Signed)words < 0, least = (Signed)words ^ upper;  // the complement of those beyond a half
+  Vec<T> t = (__builtin_convertvector(least, Vec<T>) + T(0.5)) * T(0x1p-32);
+  typename Simd<T>::I wide = __builtin_convertvector(upper, typename Simd<T>::I);
+  Vec<T> near = T(1) - t, lost = (T(1) - near) - t;
+  return -(log<T>(wide ? t : near) + (wide ? Vec<T>{} : lost));
+}
+
 }  // namespace
 }  // namespace vlmfast

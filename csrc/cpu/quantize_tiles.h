@@ -20,17 +20,6 @@ class Gumbel {
   uint64_t seed_;
   Words low_, high_;
 
-  // -log(-log(1 - u)) of u = (word + 1/2) / 2^32, with 1 - u itself counted from the other end beyond a half.
-  static Vec<T> from_words(Words words) {
-    using Signed = typename PhiloxLanes<T>::Signed;
-    Signed upper = (Signed)words < 0, least = (Signed)words ^ upper;  // the complement of those beyond a half
-    Vec<T> t = (__builtin_convertvector(least, Vec<T>) + T(0.5)) * T(0x1p-32);
-    typename Simd<T>::I wide = __builtin_convertvector(upper, typename Simd<T>::I);
-    Vec<T> near = T(1) - t, lost = (T(1) - near) - t;
-    Vec<T> e = log<T>(wide ? t : near) + (wide ? Vec<T>{} : lost);
-    return -log<T>(-e);
-  }
-
  public:
   Gumbel(uint64_t seed, uint64_t row) : seed_(seed) {
     uint32_t low[lanes], high[lanes];
@@ -41,7 +30,7 @@ class Gumbel {
   void draw(uint32_t four, Vec<T>* noise) const {
     Words words[4] = {low_, high_, Words{} + four, Words{} + stream};
     PhiloxLanes<T>::draw(seed_, words);
-    for (int w = 0; w < 4; ++w) noise[w] = from_words(words[w]);
+    for (int w = 0; w < 4; ++w) noise[w] = -log<T>(exponential<T>(words[w]));
   }
 };
 

@@ -132,6 +132,44 @@ inline Vec<T> log(Vec<T> x) {
   return n * ln2_high + (n * ln2_low + T(2) * u * value);
 }
 
+// Square roots of numbers of at least 0.
+template <class T>
+inline Vec<T> root(Vec<T> x) {
+  T lanes[Simd<T>::lanes];
+  memcpy(lanes, &x, sizeof x);
+  for (T& lane : lanes) lane = std::sqrt(lane);
+  memcpy(&x, lanes, sizeof x);
+  return x;
+}
+
+// Cosine and sine of 2 pi x for -1 <= x <= 1: the nearest quarter turn, and Taylor series of what remains, an eighth of
+// a turn at most.
+template <class T>
+inline void turn(Vec<T> x, Vec<T>& cosine, Vec<T>& sine) {
+  constexpr bool single = sizeof(T) == 4;
+  constexpr T round = single ? T(0x1.8p23) : T(0x1.8p52);
+  constexpr int terms = single ? 6 : 9;
+  using I = typename Simd<T>::I;
+  Vec<T> shifted = x * T(4) + round;
+  Vec<T> angle = (x - (shifted - round) * T(0.25)) * T(6.283185307179586), square = angle * angle;
+  I quarter;
+  memcpy(&quarter, &shifted, sizeof quarter);
+  T even[terms], odd[terms];
+  even[0] = odd[0] = 1;
+  for (int k = 1; k < terms; ++k) {
+    even[k] = -even[k - 1] / T((2 * k - 1) * (2 * k));
+    odd[k] = -odd[k - 1] / T(2 * k * (2 * k + 1));
+  }
+  Vec<T> c = broadcast(even[terms - 1]), s = broadcast(odd[terms - 1]);
+#pragma GCC unroll 9
+  for (int k = terms - 2; k >= 0; --k) c = c * square + even[k], s = s * square + odd[k];
+  s *= angle;
+  auto swapped = (quarter & 1) != 0;
+  cosine = swapped ? s : c, sine = swapped ? c : s;
+  cosine = ((quarter + 1) & 2) != 0 ? -cosine : cosine;
+  sine = (quarter & 2) != 0 ? -sine : sine;
+}
+
 // One row of any element type, widened to T.
 template <class T>
 inline void widen_row(const void* row, DType dtype, int64_t count, T* to) {

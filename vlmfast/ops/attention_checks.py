@@ -136,4 +136,5 @@ def draw_seed(op: str, seed, like: Tensor, needed: bool) -> Tensor | None:
         return seed.reshape(()).to(like.device)
     if not -2**63 <= seed < 2**63:
         raise ValueError(f"{op}: seed is {seed}, it must fit in 64 bits with its sign")
-    return torch.tensor(seed, dtype=torch.int64, device=like.device)
+    # filled on the device, so that a CUDA graph can be captured
+    return torch.full((), seed, dtype=torch.int64, device=like.device)
