@@ -21,7 +21,7 @@ from .sampling import sample_tokens
 
 __all__ = ["Denoised", "DiffusionLoss", "Quantized", "VectorQuantized", "attention", "attention_varlen",
            "axial_attention", "backend", "backends", "bi_attention", "cached_loss", "co_attention",
-           "co_attention_varlen", "cross_attention", "denoise_step", "diffusion_loss", "diffusion_noise", "dropout_mask",
-           "encode_indices", "gather_with_grad", "gumbel_noise", "gumbel_quantize", "info_nce", "ipot",
+           "co_attention_varlen", "cross_attention", "denoise_step", "diffusion_loss", "diffusion_noise",
+           "dropout_mask", "encode_indices", "gather_with_grad", "gumbel_noise", "gumbel_quantize", "info_nce", "ipot",
            "optimal_transport_distance", "q_sample", "sample_tokens", "siglip_loss", "vector_quantize",
            "window_attention"]

@@ -1,4 +1,4 @@
-"""Steps of Gaussian diffusion: noising, denoising by any sampler, and the training loss, each one pass over its data."""
+"""Steps of Gaussian diffusion: noising, denoising by any sampler, and the training loss, each in one pass."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def denoise_step(x: Tensor, model_output: Tensor, t: int | Tensor, schedule: Sch
         eta:  of "ddim": 0 draws no noise, 1 as much as "ancestral".
         prediction:  what the model gives: "epsilon", "x0", or "v" = sqrt(abar) epsilon - sqrt(1 - abar) x0.
         variance:  of "ancestral": "learned_range" (between the posterior's and beta), "learned" (its logarithm),
-            "fixed_small" (the posterior's) or "fixed_large" (beta). The others take no variance and ignore its channels.
+            "fixed_small" (the posterior's) or "fixed_large" (beta). The others ignore the variance's channels.
         guidance_scale:  s above, or None without guidance.
         clamp:  x0 to [-1, 1], or to a bound given as a number; False leaves it.
         dynamic_threshold:  a share, such as 0.995: x0 is held within that quantile of |x0| of its sample, but at least

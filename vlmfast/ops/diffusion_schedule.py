@@ -159,8 +159,10 @@ class Schedule:
         """[T, 12] float64: what a step multiplies by; the columns are STEP_COLUMNS."""
         bar, before, zero = self.alphas_cumprod, self.alphas_cumprod_prev, np.zeros(len(self))
         signal, spread = np.sqrt(bar), np.sqrt(1 - bar)
-        x0_x, x0_o = {"epsilon": (1 / signal, -spread / signal), "x0": (zero, zero + 1), "v": (signal, -spread)}[prediction]
-        e_x, e_o = {"epsilon": (zero, zero + 1), "x0": (1 / spread, -signal / spread), "v": (spread, signal)}[prediction]
+        x0_x, x0_o, e_x, e_o = {
+            "epsilon": (1 / signal, -spread / signal, zero, zero + 1),
+            "x0": (zero, zero + 1, 1 / spread, -signal / spread),
+            "v": (signal, -spread, spread, signal)}[prediction]
         shift_x0 = shift_mean = from_o = zero
         if sampler == "ancestral":
             from_x0, from_x = self.posterior_mean_coef1, self.posterior_mean_coef2
@@ -250,8 +252,8 @@ def _timesteps(total: int, steps) -> set[int]:
     if isinstance(steps, str):
         parts = steps.split(",")
         if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-            raise ValueError(f"{op}: steps is {steps!r}, it must be a number, numbers separated by commas, \"ddimN\" or "
-                             "\"fast27\"")
+            raise ValueError(f"{op}: steps is {steps!r}, it must be a number, numbers separated by commas, \"ddimN\" "
+                             "or \"fast27\"")
         return _sections(total, [int(part) for part in parts])
     try:
         kept = [int(step) for step in steps]

@@ -10,8 +10,8 @@ its columns): with the guided model output :math:`o = u + s (c - u)`, variance c
     x' = b_0 x_0 + b_x x + b_o o + \sigma^2 g + \sigma z, \quad
     \log \sigma^2 = l + k v
 
-Sources: those of vlmfast/ops/diffusion_schedule.py; guidance, Ho and Salimans 2022 (arXiv:2207.12598); the training loss,
-Nichol and Dhariwal 2021 (arXiv:2102.09672), eq. 14-16.
+Sources: those of vlmfast/ops/diffusion_schedule.py; guidance, Ho and Salimans 2022 (arXiv:2207.12598); the training
+loss, Nichol and Dhariwal 2021 (arXiv:2102.09672), eq. 14-16.
 """
 
 import math
@@ -31,8 +31,8 @@ def normal_noise(rows: int, size: int, seed, offset: int = 0, device=None) -> Te
     """[rows, size] float64 draws of N(0, 1), finite always.
 
     Element e of row n is word w = (e / 16) % 4 of the counter (16 (e / 64) + e % 16, n, offset, STREAM). Words 2 k and
-    2 k + 1 give r = sqrt(-2 log(1 - u)) and an angle of a full turn: r cos is the draw of the first, r sin of the second
-    (Box and Muller 1958). With W a word, u = (W + 1/2) / 2^32.
+    2 k + 1 give r = sqrt(-2 log(1 - u)) and an angle, u of a full turn: r cos is the draw of the first, r sin of the
+    second (Box and Muller 1958). With W a word, u = (W + 1/2) / 2^32.
     """
     seed = torch.as_tensor(seed, dtype=torch.int64, device=device)
     blocks = (size + BLOCK - 1) // BLOCK
