@@ -112,7 +112,7 @@ def denoise_step(x: Tensor, model_output: Tensor, t: int | Tensor, schedule: Sch
         raise ValueError(f"{op}: {missing} is missing, mask and image go together")
     mask = None if mask is None else _check_mask(op, mask, x)
     random = sampler == "ancestral" or eta > 0
-    seed = draw_seed(op, seed, x, random and noise is None)
+    seed, offset = draw_seed(op, seed, x, random and noise is None), _check_offset(op, offset)
     table = schedule.table("step", sampler, prediction, variance, float(eta), bool(use_clipped_model_output),
                            device=x.device)
     weights = list(PLMS_WEIGHTS[len(history)]) if sampler == "plms" else []
@@ -167,7 +167,7 @@ def q_sample(x0: Tensor, t: int | Tensor, schedule: Schedule, *, noise: Tensor |
     t, step = _check_step(op, t, x0, schedule)
     flat = x0.contiguous().flatten(2) if x0.ndim > 2 else x0.contiguous().unsqueeze(-1)
     noise = _like(op, "noise", noise, x0, flat)
-    seed = draw_seed(op, seed, x0, noise is None)
+    seed, offset = draw_seed(op, seed, x0, noise is None), _check_offset(op, offset)
     table = schedule.table("noising", device=x0.device)
     if torch.is_grad_enabled() and (x0.requires_grad or noise is not None and noise.requires_grad):
         from .reference import diffusion as reference
@@ -245,7 +245,7 @@ def diffusion_loss(model_output: Tensor, noise: Tensor, x0: Tensor, t: int | Ten
     out = _check_output(op, model_output, x0, False, learned, False)
     flat = x0.contiguous().flatten(2) if x0.ndim > 2 else x0.contiguous().unsqueeze(-1)
     noise = _like(op, "noise", noise, x0, flat, required=True)
-    if noise.requires_grad and torch.is_grad_enabled() or flat.requires_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (noise.requires_grad or flat.requires_grad):
         raise ValueError(f"{op}: noise or x0 wants a gradient, which is not implemented; detach it")
     table = schedule.table("loss", prediction, variance, device=x0.device)
     mse, vb = _Loss.apply(out, noise, flat, t, step, table, learned)

@@ -144,8 +144,8 @@ def _loss_bwd_fake(d_squared, d_bound, out, noise, x0, t, step, table, learned):
 _library = torch.library.Library("vlmfast", "FRAGMENT")
 _library.define("denoise_step(Tensor x, Tensor? out, Tensor? t, int step, Tensor table, float guidance_scale, "
                 "bool guided, bool learned, float clamp, Tensor? threshold, Tensor? mask, Tensor? image, "
-                "Tensor? shift, Tensor[] history, float[] weights, Tensor? noise, Tensor? seed, int offset, bool want_x, "
-                "bool want_x0, bool want_e) -> (Tensor, Tensor, Tensor)")
+                "Tensor? shift, Tensor[] history, float[] weights, Tensor? noise, Tensor? seed, int offset, "
+                "bool want_x, bool want_x0, bool want_e) -> (Tensor, Tensor, Tensor)")
 _LOSS_INPUTS = "Tensor out, Tensor noise, Tensor x0, Tensor? t, int step, Tensor table, bool learned"
 _library.define(f"diffusion_loss({_LOSS_INPUTS}) -> (Tensor, Tensor)")
 _library.define(f"diffusion_loss_bwd(Tensor d_squared, Tensor d_bound, {_LOSS_INPUTS}) -> Tensor")

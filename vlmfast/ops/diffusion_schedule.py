@@ -10,7 +10,10 @@ learned range of variances and respacing; Song et al. 2021 (arXiv:2010.02502) fo
 
 from __future__ import annotations
 
+import ast
+import itertools
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -210,8 +213,15 @@ class Schedule:
         first = np.append(1.0, zero[1:])
         return np.stack([noise, x0, error, level - least, slope, decoder, least, first], 1)
 
+    def __post_init__(self):
+        object.__setattr__(self, "_number", next(_numbers))
+        _schedules[self._number] = self
+
     def table(self, kind: str, *settings, device: torch.device) -> Tensor:
         """`{kind}_table(*settings)` on a device, kept there: float64 on the CPU, float32 elsewhere."""
+        if torch.compiler.is_compiling():
+            # numpy and what is kept here are nothing for a tracer
+            return torch.ops.vlmfast.diffusion_table(self._number, kind, repr(settings), device)
         key = (kind, settings, device)
         if key not in self._kept:
             with np.errstate(divide="ignore", invalid="ignore"):  # a last beta of 1 leaves nothing of x0
@@ -228,6 +238,26 @@ class Schedule:
         if key not in self._kept:
             self._kept[key] = torch.from_numpy(np.ascontiguousarray(getattr(self, name))).to(device)
         return self._kept[key]
+
+
+_numbers = itertools.count()
+_schedules: weakref.WeakValueDictionary[int, Schedule] = weakref.WeakValueDictionary()
+
+
+def _table(number: int, kind: str, settings: str, device: torch.device) -> Tensor:
+    return _schedules[number].table(kind, *ast.literal_eval(settings), device=device).clone()
+
+
+def _table_fake(number: int, kind: str, settings: str, device: torch.device) -> Tensor:
+    columns = len(LOSS_COLUMNS if kind == "loss" else STEP_COLUMNS)
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    return torch.empty(len(_schedules[number]), columns, dtype=dtype, device=device)
+
+
+_library = torch.library.Library("vlmfast", "FRAGMENT")
+_library.define("diffusion_table(int number, str kind, str settings, Device device) -> Tensor")
+_library.impl("diffusion_table", _table, "CompositeExplicitAutograd")
+torch.library.register_fake("vlmfast::diffusion_table", _table_fake, lib=_library)
 
 
 def _check_steps(steps) -> None:
