@@ -1,13 +1,16 @@
-"""Draws pictures from captions: a discrete VAE and a DALL-E on the embedded emoji and the stamps of Tux Paint.
+"""Draws pictures from captions: a DALL-E with its discrete VAE, or a GLIDE, on the embedded emoji and the stamps of Tux
+Paint.
 
     python examples/draw_pictures.py --data tuxpaint.zip --out drawings/
+    python examples/draw_pictures.py --data tuxpaint.zip --model glide --out drawings-glide/
 
-The run of `vlmfast demo generate` with more pictures. `--data` is a zip with `meta.json` (a list of {"i": N, "en":
-...}) and `img/N.webp`, the stamps of Tux Paint (GPL-2; they are not part of this package, and what is made of them
-falls under their licence). Pictures that share a sentence, or that look the same, stay on one side; a tenth is held
-out.
+The run of `vlmfast demo generate`, or of `vlmfast demo diffusion`, with more pictures. `--data` is a zip with
+`meta.json` (a list of {"i": N, "en": ...}) and `img/N.webp`, the stamps of Tux Paint (GPL-2; they are not part of this
+package, and what is made of them falls under their licence). Pictures that share a sentence, or that look the same,
+stay on one side; a tenth is held out.
 
-Written to the output folder: report.md, reconstruction.png, drawn.png, loss_dvae.png, loss_dalle.png and model/.
+Written to the output folder: report.md, drawn.png, curves and model/; reconstruction.png, or samples/ and
+denoising.gif.
 """
 
 import argparse
@@ -18,8 +21,8 @@ import torch
 from picture_packs import group_entries, plain_text, read_pack, split_groups
 from PIL import Image
 
-from vlmfast.cli import set_threads
-from vlmfast.cli.demo_pictures import SIDE, Drawing, Pictures, write
+from vlmfast.cli import demo_diffusion, demo_pictures, set_threads
+from vlmfast.cli.demo_pictures import SIDE, Pictures
 from vlmfast.cli.info import collect
 
 SPLITS = {"train": 0.9, "held out": 0.1}
@@ -51,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="zip of pictures")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--model", choices=("dalle", "glide"), default="dalle")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, help="stop training after about so many seconds")
     parser.add_argument("--threads", type=int, default=2)
@@ -59,11 +63,13 @@ def main(arguments: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     set_threads(args.threads)
     torch.set_flush_denormal(True)  # unused words' second moments fade into slow subnormal numbers
-    command = f"python examples/draw_pictures.py --data {args.data.name} --threads {args.threads}" + (
-        f" --seconds {args.seconds:g}" if args.seconds is not None else "")
+    command = (f"python examples/draw_pictures.py --data {args.data.name} --model {args.model} --threads "
+               f"{args.threads}" + (f" --seconds {args.seconds:g}" if args.seconds is not None else ""))
     try:
-        return write(Drawing.prepare(args.seed, stamps(args.data, args.seed)), args.out, command, collect(),
-                     args.seconds, not args.no_progress)
+        demo = demo_pictures if args.model == "dalle" else demo_diffusion
+        run = demo_pictures.Drawing if args.model == "dalle" else demo_diffusion.Diffusion
+        return demo.write(run.prepare(args.seed, stamps(args.data, args.seed)), args.out, command, collect(),
+                          args.seconds, not args.no_progress)
     finally:
         torch.set_flush_denormal(False)
 

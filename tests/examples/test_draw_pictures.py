@@ -35,3 +35,12 @@ def test_writes_the_report_of_both_sets(example, pack, tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert "tuxpaint, held out" in text and "emoji, held-out concepts" in text
     assert (tmp_path / "drawn.png").exists() and (tmp_path / "model" / "vae" / "config.json").exists()
+
+
+def test_a_glide_draws_them_too(example, pack, tmp_path, monkeypatch):
+    monkeypatch.setattr(example.demo_diffusion, "STEPS", 2)
+    monkeypatch.setattr(example.demo_diffusion, "JUDGED", 3)
+    assert example.main(["--data", str(pack), "--model", "glide", "--out", str(tmp_path), "--seconds", "1",
+                         "--no-progress", "--threads", "1"]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "tuxpaint, held out" in text and "--model glide" in text and (tmp_path / "denoising.gif").exists()

@@ -1,18 +1,18 @@
-"""`vlmfast demo`: train a small CLIP, or a small DALL-E, on the embedded emoji and show what it learned."""
+"""`vlmfast demo`: train a small CLIP, DALL-E or GLIDE on the embedded emoji and show what it learned."""
 
 from pathlib import Path
 
 from . import positive, set_threads
 
-HELP = "train a small CLIP (or DALL-E: generate) on the embedded emoji in minutes and show what it learned"
+HELP = "train a small CLIP (or DALL-E: generate, or GLIDE: diffusion) on the embedded emoji and show what it learned"
 
 
 def add_arguments(parser, common) -> None:
-    parser.add_argument("what", nargs="?", choices=("clip", "generate"), default="clip",
+    parser.add_argument("what", nargs="?", choices=("clip", "generate", "diffusion"), default="clip",
                         help="clip (default): pictures and captions that find each other; generate: a discrete VAE and "
-                             "a DALL-E that draws from captions")
+                             "a DALL-E that draws from captions; diffusion: a GLIDE that does")
     parser.add_argument("--out", type=Path, metavar="FOLDER",
-                        help="report.md, pictures, curves and the model (demo, or demo-generate)")
+                        help="report.md, pictures, curves and the model (demo, demo-generate, demo-diffusion)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and held-out pictures (0)")
     parser.add_argument("--seconds", type=float, metavar="S",
                         help="stop training after about S seconds (default: the full run)")
@@ -26,7 +26,7 @@ def run(args) -> int:
         raise ValueError(f"--seconds is {args.seconds}, must be positive")
     if args.seed < 0:
         raise ValueError(f"--seed is {args.seed}, must be 0 or more")
-    args.out = args.out or Path("demo" if args.what == "clip" else "demo-generate")
+    args.out = args.out or Path("demo" if args.what == "clip" else f"demo-{args.what}")
     args.out.mkdir(parents=True, exist_ok=True)
     set_threads(args.threads)
     import torch
@@ -34,7 +34,7 @@ def run(args) -> int:
     # unused words' second moments fade into subnormal numbers, which the processor handles a hundred times slower
     torch.set_flush_denormal(True)
     try:
-        return _generate(args) if args.what == "generate" else _demo(args)
+        return _demo(args) if args.what == "clip" else _draw(args)
     finally:
         torch.set_flush_denormal(False)
 
@@ -78,10 +78,12 @@ def _demo(args) -> int:
     return 0
 
 
-def _generate(args) -> int:
-    from .demo_pictures import Drawing, write
+def _draw(args) -> int:
+    from . import demo_diffusion, demo_pictures
     from .info import collect
 
-    command = f"vlmfast demo generate --seed {args.seed} --threads {args.threads}" + (
+    command = f"vlmfast demo {args.what} --seed {args.seed} --threads {args.threads}" + (
         f" --seconds {args.seconds:g}" if args.seconds is not None else "")
-    return write(Drawing.prepare(args.seed), args.out, command, collect(), args.seconds, not args.no_progress)
+    run, write = (demo_pictures.Drawing, demo_pictures.write) if args.what == "generate" else (
+        demo_diffusion.Diffusion, demo_diffusion.write)
+    return write(run.prepare(args.seed), args.out, command, collect(), args.seconds, not args.no_progress)

@@ -49,6 +49,20 @@ class Pictures:
         return self.images[start:stop].float() / 255
 
 
+def split_pictures(seed: int, more: tuple[Pictures, Pictures] | None = None) -> tuple[Pictures, list[Pictures]]:
+    """Emoji to learn from and those held out, one by one and as whole concepts; `more` pictures likewise."""
+    rest, concepts = load_emoji("en").split_concepts(CONCEPTS, seed)
+    emoji, random = rest.split_random(RANDOM / len(rest), seed)
+    train = Pictures.of("emoji", emoji.images, emoji.captions)
+    held_out = [Pictures.of("emoji, random tenth", random.images, random.captions),
+                Pictures.of("emoji, held-out concepts", concepts.images, concepts.captions)]
+    if more is not None:
+        train = Pictures(f"{train.name} and {more[0].name}", torch.cat([train.images, more[0].images]),
+                         [*train.captions, *more[0].captions])
+        held_out.append(more[1])
+    return train, held_out
+
+
 @dataclass(frozen=True)
 class CodeRow:
     """How well the codes of some pictures are foreseen, in nats per code.
@@ -91,15 +105,7 @@ class Drawing:
         Args:
             more: further pictures to learn from, and held out.
         """
-        rest, concepts = load_emoji("en").split_concepts(CONCEPTS, seed)
-        emoji, random = rest.split_random(RANDOM / len(rest), seed)
-        train = Pictures.of("emoji", emoji.images, emoji.captions)
-        held_out = [Pictures.of("emoji, random tenth", random.images, random.captions),
-                    Pictures.of("emoji, held-out concepts", concepts.images, concepts.captions)]
-        if more is not None:
-            train = Pictures(f"{train.name} and {more[0].name}", torch.cat([train.images, more[0].images]),
-                             [*train.captions, *more[0].captions])
-            held_out.append(more[1])
+        train, held_out = split_pictures(seed, more)
         torch.manual_seed(seed)
         dvae = DiscreteVAE(DiscreteVAEConfig(image_size=SIDE, num_tokens=256, codebook_dim=64, num_layers=2,
                                              num_resnet_blocks=1, hidden_dim=64))

@@ -1,9 +1,9 @@
 """`vlmfast train MODEL`: one sub-command for each model or family of models."""
 
-from . import train_bert, train_clip, train_dalle, train_dvae
+from . import train_bert, train_clip, train_dalle, train_dvae, train_glide
 
 HELP = "train a model on your own data"
-FAMILIES = {"clip": train_clip, "dvae": train_dvae, "dalle": train_dalle}
+FAMILIES = {"clip": train_clip, "dvae": train_dvae, "dalle": train_dalle, "glide": train_glide}
 
 
 def add_arguments(parser, common) -> None:
