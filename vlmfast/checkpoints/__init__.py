@@ -1,5 +1,5 @@
-"""Read public checkpoints of CLIP, the BERT-like models, discrete VAEs and DALL-E into vlmfast models and write them
-back."""
+"""Read public checkpoints of CLIP, the BERT-like models, discrete VAEs, DALL-E and GLIDE into vlmfast models and write
+them back."""
 
 from .bert import BertReport, bert_settings, from_bert, load_bert_text
 from .files import UnsafePickleError

@@ -9,8 +9,10 @@ from torch import nn
 from ..models.dalle import DALLE
 from ..models.dalle_mini import DALLEMini
 from ..models.dvae import DVAE, DiscreteVAE
+from ..models.glide import GLIDE
 from ..models.imagebert import ImageBERT
 from ..models.lxmert import LXMERT
+from ..models.noised_clip import NoisedCLIP
 from ..models.pixelbert import PixelBERT
 from ..models.uniter import UNITER
 from ..models.vdbert import VDBERT
@@ -22,6 +24,7 @@ from . import (
     dalle,
     dalle_mini,
     dvae,
+    glide,
     imagebert,
     lxmert,
     pixelbert,
@@ -94,5 +97,10 @@ FORMATS: dict[str, Format] = {
                               keys=(b"decoder.up.0.block.0.",)),
     "dalle-pytorch-vae": Format(DiscreteVAE, dvae.load_dalle_pytorch, dvae.save, dvae.DISCRETE_TYPE,
                                 dvae.DISCRETE_TYPE, (b"encoder.0.0.weight",)),
+    "glide": Format(GLIDE, glide.load_glide, glide.save_glide, glide.GLIDE_TYPE, glide.GLIDE_TYPE, (glide.GLIDE_KEY,),
+                    files=(tuple(base for base, _ in glide.PAIRS),), parts=True),
+    "glide-noised-clip": Format(NoisedCLIP, glide.load_noised_clip, glide.save_noised_clip, glide.CLIP_TYPE,
+                                glide.CLIP_TYPE, glide.CLIP_KEYS, files=tuple((name,) for name in glide.TOWERS),
+                                parts=True),
 }
 BY_MODEL_TYPE = {entry.model_type: name for name, entry in FORMATS.items() if entry.model_type}

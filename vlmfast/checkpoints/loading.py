@@ -86,11 +86,13 @@ def load(
             or VisualBERT; of VisualBERT and UNITER also MMF's names. Discrete VAEs: OpenAI's encoder.pkl; a Hugging
             Face FlavaImageCodebook; DALLE-pytorch's vae.pt; taming-transformers' `.ckpt`; min-dalle's detoker.pt.
             DALL-E: DALLE-pytorch's dalle.pt. DALL-E mini and mega: min-dalle's folder with encoder.pt and decoder.pt.
-        parts: further files of the same model: OpenAI's decoder.pkl, without which its dVAE only encodes. The format
-            may also stand last among them.
+            GLIDE: base.pt, upsample.pt, their inpainting counterparts, clip_image_enc.pt, or a folder with them.
+        parts: further files of the same model: OpenAI's decoder.pkl, without which its dVAE only encodes; the
+            upsampler of a GLIDE; clip_text_enc.pt. The format may also stand last among them.
         format: "openai", "open_clip", "huggingface", a BERT-like model ("vilbert", "lxmert", "visualbert", "uniter",
             "vlbert", ...), "openai-dvae", "flava", "dalle-pytorch-vae", "taming", "min-dalle-vqgan", "dalle-pytorch",
-            "min-dalle", or None to detect it. "vlmfast" is a folder written by `save_pretrained`, in any layout.
+            "min-dalle", "glide", "glide-noised-clip", or None to detect it. "vlmfast" is a folder written by
+            `save_pretrained`, in any layout.
         task: a task of `vlmfast tasks`, "vqa" for example: the model gets a head for it, new and untrained where the
             checkpoint has none (with a warning), in place of its other heads.
         labels: of a new head: how many answers there are for "vqa" and "gqa" (None: those of an answer list beside the
@@ -124,7 +126,8 @@ def load(
         format = kind if kind and FORMATS[kind].huggingface else format
     entry = FORMATS.get(format)
     if parts and not (entry and entry.parts):
-        raise ValueError(f"load: {len(parts) + 1} files, must be one: {path} is {format}, only an openai-dvae has two")
+        several = ", ".join(name for name, entry in FORMATS.items() if entry.parts)
+        raise ValueError(f"load: {len(parts) + 1} files, must be one: {path} is {format}, only {several} have two")
     if entry is not None:
         if image_size is not None or quick_gelu is not None:
             raise ValueError(f"load: image_size and quick_gelu belong to CLIP, {path} is {format}")

@@ -10,6 +10,7 @@ from . import huggingface, open_clip
 from .dalle import VAE_FOLDER
 from .files import atomic_folder
 from .formats import FORMATS
+from .glide import UPSAMPLER_FOLDER
 
 
 def save_pretrained(model: nn.Module, folder: str | Path) -> str:
@@ -17,16 +18,16 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> str:
 
     LXMERT and VisualBERT are written as transformers' config.json and model.safetensors, other BERT-like models as
     the authors' pytorch_model.bin with config.json. A DVAE without decoder becomes transformers' FlavaImageCodebook;
-    the other discrete VAEs and the DALL-Es have a config.json of their own and their public keys in
-    model.safetensors, a DALL-E's discrete VAE in a folder `vae` beside it. CLIP's layout is Hugging Face's CLIPModel:
-    config.json, model.safetensors, preprocessor_config.json. What that cannot hold (ResNet towers, a logit bias,
-    images padded to a square) is written in open_clip's layout instead: open_clip_config.json,
-    open_clip_model.safetensors. Files are written under a temporary name and then renamed. Preprocessing is
-    `model.preprocess` without its random part, or CLIP's own with the config's mean and std.
+    the other discrete VAEs, the DALL-Es and GLIDE have a config.json of their own and their public keys in
+    model.safetensors, a DALL-E's discrete VAE in a folder `vae` and a GLIDE's upsampler in `upsample` beside it. CLIP's
+    layout is Hugging Face's CLIPModel: config.json, model.safetensors, preprocessor_config.json. What that cannot hold
+    (ResNet towers, a logit bias, images padded to a square) is written in open_clip's layout instead:
+    open_clip_config.json, open_clip_model.safetensors. Files are written under a temporary name and then renamed.
+    Preprocessing is `model.preprocess` without its random part, or CLIP's own with the config's mean and std.
 
     Returns:
         The layout written: "huggingface", "open_clip", the name of a BERT-like model, "dvae", "discrete_vae",
-        "flava_image_codebook", "vqgan", "dalle" or "dalle-mini".
+        "flava_image_codebook", "vqgan", "dalle", "dalle-mini", "glide" or "glide-noised-clip".
 
     Raises:
         TypeError: not one of these models.
@@ -38,8 +39,9 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> str:
                 layout = entry.save(model, stage) or entry.layout
                 if getattr(model, "tokenizer", None) is not None:
                     model.tokenizer.save(stage)
-            if getattr(model, "vae", None) is not None:
-                save_pretrained(model.vae, Path(folder) / VAE_FOLDER)
+            for part, name in (("vae", VAE_FOLDER), ("upsampler", UPSAMPLER_FOLDER)):
+                if getattr(model, part, None) is not None:
+                    save_pretrained(getattr(model, part), Path(folder) / name)
             return layout
     if not isinstance(model, CLIP):
         kinds = ", ".join(dict.fromkeys(entry.model.__name__ for entry in FORMATS.values()))

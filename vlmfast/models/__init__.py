@@ -11,9 +11,11 @@ from . import (
     dalle,
     dalle_mini,
     dvae,
+    glide,
     image_seq2seq,
     imagebert,
     lxmert,
+    noised_clip,
     pixelbert,
     uniter,
     vdbert,
@@ -29,9 +31,11 @@ from .codes import VAEOutput
 from .dalle import DALLE, DALLEConfig, DALLEOutput
 from .dalle_mini import DALLEMini, DALLEMiniConfig, DALLEMiniOutput
 from .dvae import DVAE, DiscreteVAE, DiscreteVAEConfig, DVAEConfig
+from .glide import GLIDE, GLIDEConfig, TextStates
 from .image_seq2seq import ImageSeq2Seq, ImageSeq2SeqConfig, ImageSeq2SeqOutput
 from .imagebert import ImageBERT, ImageBERTConfig
 from .lxmert import LXMERT, LXMERTConfig, LXMERTOutput
+from .noised_clip import NoisedCLIP, NoisedCLIPConfig
 from .pixelbert import PixelBERT, PixelBERTConfig
 from .single_stream import SingleStreamOutput
 from .uniter import UNITER, UNITERConfig
@@ -58,6 +62,8 @@ __all__ = [
     "DVAEConfig",
     "DiscreteVAE",
     "DiscreteVAEConfig",
+    "GLIDE",
+    "GLIDEConfig",
     "ImageBERT",
     "ImageBERTConfig",
     "ImageSeq2Seq",
@@ -66,9 +72,12 @@ __all__ = [
     "LXMERT",
     "LXMERTConfig",
     "LXMERTOutput",
+    "NoisedCLIP",
+    "NoisedCLIPConfig",
     "PixelBERT",
     "PixelBERTConfig",
     "SingleStreamOutput",
+    "TextStates",
     "UNITER",
     "UNITERConfig",
     "VAEOutput",
@@ -90,10 +99,12 @@ __all__ = [
     "dalle",
     "dalle_mini",
     "dvae",
+    "glide",
     "image_seq2seq",
     "imagebert",
     "list_models",
     "lxmert",
+    "noised_clip",
     "pixelbert",
     "register",
     "uniter",
@@ -144,6 +155,6 @@ def create(name: str, **overrides) -> nn.Module:
 
 
 for _module in (clip, vilbert, lxmert, visualbert, uniter, vlbert, vdbert, pixelbert, imagebert, image_seq2seq, vlnbert,
-                dvae, vqgan, dalle, dalle_mini):
+                dvae, vqgan, dalle, dalle_mini, glide, noised_clip):
     for _name in _module.PRESETS:
         register(_name, partial(_module.build, _name))
