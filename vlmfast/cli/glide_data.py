@@ -8,7 +8,7 @@ import torch
 
 from ..data import ImagePreprocess, PairLoader
 from ..data.gpt2_tokenizer import GPT2Tokenizer, has_gpt2_vocabulary
-from ..models.glide import GLIDE
+from ..models.glide import GLIDE, PRESETS
 from ..objectives.diffusion import text_diffusion_loss
 from ..training.diffusion import glide_tokens, schedule_of
 from .clip_data import Data
@@ -37,6 +37,8 @@ def make_model(settings, data: Data, resumed: Path | None) -> GLIDE:
         model = load(start, dtype=torch.float32)
         if isinstance(model, GLIDE) and (settings.tokenizer or model.tokenizer is None):
             model.tokenizer = _vocabulary(settings, data, resumed)
+    elif settings.model.lower() in list_models() and settings.model.lower() not in PRESETS:
+        raise ValueError(f"--model is {settings.model}, must be a GLIDE, for example glide-tiny")
     else:
         tokenizer = _vocabulary(settings, data, resumed)
         longest = max(len(tokenizer.encode(caption)) for caption in data.captions)
@@ -47,8 +49,7 @@ def make_model(settings, data: Data, resumed: Path | None) -> GLIDE:
             if getattr(settings, name) is not None:
                 sizes[name] = getattr(settings, name)
         model = create(settings.model, **sizes)
-        if isinstance(model, GLIDE):
-            model.tokenizer = tokenizer
+        model.tokenizer = tokenizer
     if not isinstance(model, GLIDE):
         raise ValueError(f"--model is {settings.model}, must be a GLIDE, for example glide-tiny")
     if model.tokenizer.vocab_size > model.config.n_vocab:

@@ -5,6 +5,7 @@ from importlib import import_module
 _HOME = {
     "BartTokenizer": "bart_tokenizer",
     "CLIPTokenizer": "tokenizer",
+    "GPT2Tokenizer": "gpt2_tokenizer",
     "clean_text": "tokenizer",
     "BertTokens": "wordpiece",
     "WordPieceTokenizer": "wordpiece",
