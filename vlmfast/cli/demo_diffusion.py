@@ -88,7 +88,6 @@ class Diffusion:
         total = self.config.epochs * len(loader)
         if seconds is not None:
             total = min(total, max(2, int(seconds / self._seconds_of_a_step(loader))))
-        # one stretch: a sheet for every epoch would take as long as the training
         self.config = replace(self.config, steps=total)
         trainer = self._trainer(loader, self.config, out, max(total // 5, 1), progress)
         start = time.perf_counter()
@@ -130,7 +129,8 @@ class Diffusion:
             for text in (tokens, torch.full_like(tokens, -1)):
                 generator, total = torch.Generator().manual_seed(self.seed), 0.0
                 for x, c in zip(images.split(128), text.split(128), strict=True):
-                    total += float(text_diffusion_loss(self.model, schedule, x, c, generator=generator).mse.sum())
+                    total += float(text_diffusion_loss(self.model, schedule, x, c, generator=generator,
+                                                       prediction=self.model.config.prediction).mse.sum())
                 row.append(total / len(split))
             found[split.name] = (row[0], row[1])
         return found
@@ -184,10 +184,10 @@ class Diffusion:
 
 
 class _Quiet(DiffusionTrainer):
-    """Saves nothing but sheets and curve: the command writes the model when all is done."""
+    """Saves nothing but sheets: the command writes the model when all is done."""
 
     def save(self) -> None:
-        if self.out is not None:
+        if self.step == self.total:
             self.write_sheet(self.step)
 
 

@@ -83,8 +83,9 @@ def validation(pairs, settings, say: Callable[[str], None]) -> Callable[[GLIDE],
                 if name == "none":
                     tokens = torch.full_like(tokens, -1)
                 generator = torch.Generator(device).manual_seed(count)
-                found = text_diffusion_loss(model, schedule, images, tokens, padding=model.config.n_vocab - 1,
-                                            scale=scale, inpaint=model.config.inpaint, generator=generator)
+                found = text_diffusion_loss(model, schedule, images, tokens, scale=scale,
+                                            prediction=model.config.prediction, padding=model.config.n_vocab - 1,
+                                            inpaint=model.config.inpaint, generator=generator)
                 if name == "own":
                     sums["loss"] += float(found.loss.sum())
                 sums["mse" if name == "own" else "mse without text"] += float(found.mse.sum())

@@ -23,6 +23,7 @@ from ..layers.unet_attention import GROUPS, TextTransformer
 from .config import ModelConfig, check_ids
 
 NOISE_SCHEDULES = "squaredcos_cap_v2", "linear"
+PREDICTIONS = "epsilon", "x0", "v"
 IMAGE_CHANNELS = 3
 
 
@@ -48,6 +49,7 @@ class GLIDEConfig(ModelConfig):
     inpaint: bool = False  # is given the known part of the image
     noise_schedule: str = "squaredcos_cap_v2"
     diffusion_steps: int = 1000
+    prediction: str = "epsilon"  # what the first three channels out are, see `vlmfast.ops.denoise_step`
     use_checkpoint: bool = False  # less memory, more time in training
 
     def __post_init__(self):
@@ -59,6 +61,7 @@ class GLIDEConfig(ModelConfig):
                 self.refuse(name, "positive integers")
         self.check_numbers()
         self.check_choice("noise_schedule", NOISE_SCHEDULES)
+        self.check_choice("prediction", PREDICTIONS)
         self.check_heads("xf_width", "xf_heads")
         if not self.channel_mult or len(self.channel_mult) > 16:
             self.refuse("channel_mult", "1 to 16 integers")

@@ -47,7 +47,7 @@ def small_images(images: Tensor, scale: int) -> Tensor:
 
 
 def text_diffusion_loss(model: nn.Module, schedule: Schedule, images: Tensor, tokens: Tensor, *,
-                        padding: int = 0, drop_text: float = 0.0, scale: int | None = None, inpaint: bool = False,
+                        prediction: str = "epsilon", padding: int = 0, drop_text: float = 0.0, scale: int | None = None, inpaint: bool = False,
                         generator: torch.Generator | None = None) -> DiffusionLoss:
     """The loss of every image at a step and with noise of its own.
 
@@ -56,6 +56,7 @@ def text_diffusion_loss(model: nn.Module, schedule: Schedule, images: Tensor, to
         schedule: T steps, whose `timestep_map` the model is given.
         images: [B, 3, H, W] in [-1, 1].
         tokens: [B, N] int64, PADDING behind each text.
+        prediction: what the model gives, see `vlmfast.ops.denoise_step`.
         padding: the id that the model is given there, which matters where padding has no embedding of its own.
         drop_text: share of the texts left out, which guidance needs; GLIDE was fine-tuned with 0.2.
         scale: of an upsampler, how many times smaller the image is that it enlarges; None for other models.
@@ -77,4 +78,4 @@ def text_diffusion_loss(model: nn.Module, schedule: Schedule, images: Tensor, to
     known = tokens != PADDING
     out = model(q_sample(images, t, schedule, noise=noise), schedule.model_timesteps(t),
                 tokens=tokens.masked_fill(~known, padding), mask=known, **options)
-    return diffusion_loss(out, noise, images, t, schedule, rescale=True, return_parts=True)
+    return diffusion_loss(out, noise, images, t, schedule, prediction=prediction, rescale=True, return_parts=True)

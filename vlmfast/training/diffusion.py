@@ -45,7 +45,7 @@ def draw(model: GLIDE, tokens: Tensor, *, low_res: Tensor | None = None, steps: 
     if low_res is not None:
         options["low_res"] = low_res.to(device).repeat(len(rows) // len(tokens), 1, 1, 1)
     return sample(lambda x, t: model(x, t, text, **options), (len(tokens), 3, side, side),
-                  schedule_of(model).respace(steps), sampler=sampler, guidance_scale=guidance_scale, seed=seed,
+                  schedule_of(model).respace(steps), sampler=sampler, prediction=model.config.prediction, guidance_scale=guidance_scale, seed=seed,
                   device=device, progress=progress, desc="drawing", callback=callback)
 
 
@@ -112,6 +112,6 @@ class DiffusionTrainer(LossTrainer):
 def measured(model: nn.Module, schedule: Schedule, images: Tensor, tokens: Tensor, config, drop_text: float,
              scale: int | None) -> tuple[Tensor, dict[str, Tensor]]:
     """(mean loss [], its parts)."""
-    found = text_diffusion_loss(model, schedule, images, tokens, padding=config.n_vocab - 1, drop_text=drop_text,
-                                scale=scale, inpaint=config.inpaint)
+    found = text_diffusion_loss(model, schedule, images, tokens, prediction=config.prediction,
+                                padding=config.n_vocab - 1, drop_text=drop_text, scale=scale, inpaint=config.inpaint)
     return found.loss.mean(), {"mse": found.mse.detach().mean(), "vb": found.vb.detach().mean()}
