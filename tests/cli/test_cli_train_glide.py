@@ -102,7 +102,7 @@ def test_demo_trains_draws_and_writes_its_report(tmp_path, capsys, monkeypatch):
     out = tmp_path / "demo"
     assert main(["demo", "diffusion", "--out", str(out), "--seconds", "2", "--no-progress"]) == 0
     text = (out / "report.md").read_text()
-    assert "drawn with guidance 3" in text and "held-out concepts" in text and "own in 10" in text
+    assert "drawn with guidance 2" in text and "held-out concepts" in text and "own in 10" in text
     assert {"drawn.png", "denoising.gif", "samples.png", "loss.png", "model"} <= {p.name for p in out.iterdir()}
     with Image.open(out / "denoising.gif") as film:
         assert film.n_frames >= 3
