@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("vlmfast", "torch", "numpy", "triton", "open_clip_torch")
+PACKAGES = ("vlmfast", "torch", "numpy", "triton", "open_clip_torch", "diffusers")
 
 
 def commit(root: Path = ROOT) -> str:

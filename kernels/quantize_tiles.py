@@ -2,9 +2,8 @@
 
 import triton
 import triton.language as tl
-from triton.language.random import philox_impl
 
-from .info_nce_tiles import log1p
+from .draws import exponential, words_of
 
 STREAM = tl.constexpr(0x67756D62)  # of the definition's draws
 SIZES = ["P", "V"]  # vary from model to model: not worth a compilation each
@@ -19,22 +18,18 @@ def entries_at(start, batch_stride, position_stride, entry_stride, batch, positi
 
 @triton.jit
 def _gumbel(words):
-    """-log(-log(1 - u)) of u = (word + 1/2) / 2^32; log1p keeps what a logarithm of 1 - u loses where u is small."""
-    low = words < 0x80000000
-    t = (tl.where(low, words, words ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    return -tl.log(tl.where(low, log1p(t / (1.0 - t)), -tl.log(t)))
+    """-log(-log(1 - u)) of u = (word + 1/2) / 2^32."""
+    return -tl.log(exponential(words))
 
 
 @triton.jit
 def gumbel_tile(seed, rows, first_entry, BM: tl.constexpr, BN: tl.constexpr):
     """Draws of rows [BM] and entries first_entry .. first_entry + BN, a multiple of 4: [BM, BN] float32."""
-    key = tl.load(seed)
     groups = first_entry // 4 + tl.arange(0, BN // 4)
     nothing = tl.zeros((BM, BN // 4), tl.uint32)
     low, high = (rows & 0xFFFFFFFF).to(tl.uint32)[:, None], (rows >> 32).to(tl.uint32)[:, None]
-    w0, w1, w2, w3 = philox_impl(nothing + low, nothing + high, nothing + groups.to(tl.uint32)[None, :],
-                                 nothing + STREAM, (key & 0xFFFFFFFF).to(tl.uint32),
-                                 ((key >> 32) & 0xFFFFFFFF).to(tl.uint32))
+    w0, w1, w2, w3 = words_of(seed, nothing + low, nothing + high, nothing + groups.to(tl.uint32)[None, :],
+                              nothing + STREAM)
     # the last two dimensions of the join are the bits of the word's number
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     return _gumbel(tl.reshape(words, (BM, BN)))

@@ -28,7 +28,9 @@ def test_every_kernel_compiles_without_spills(table):
     for kernel in ("info_nce_fwd_kernel", "info_nce_fwd_merge_kernel", "info_nce_bwd_lines_kernel",
                    "info_nce_bwd_logits_kernel", "siglip_logits_kernel", "attention_fwd_kernel",
                    "attention_bwd_query_kernel", "attention_bwd_key_kernel", "attention_bwd_bias_kernel",
-                   "attention_bwd_sum_kernel", "quantize_fwd_kernel", "quantize_bwd_kernel", "gumbel_noise_kernel"):
+                   "attention_bwd_sum_kernel", "quantize_fwd_kernel", "quantize_bwd_kernel", "gumbel_noise_kernel",
+                   "denoise_step_kernel", "diffusion_loss_kernel", "diffusion_loss_sum_kernel",
+                   "diffusion_loss_bwd_kernel"):
         for arch in ARCHITECTURES:
             assert re.search(rf"^{kernel} .* {arch} +\d+ +0 ", table, re.MULTILINE), f"{kernel} sm_{arch}"
 
