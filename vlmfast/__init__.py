@@ -21,8 +21,8 @@ except ImportError as error:
     raise
 
 _SUBMODULES = ("ops", "diffusion", "layers", "models", "objectives", "tasks", "checkpoints", "data", "training", "viz")
-_FUNCTIONS = {"create": "models", "list_models": "models", "load": "checkpoints", "save_pretrained": "checkpoints",
-              "backend": "ops", "backends": "ops"}
+_FUNCTIONS = {"create": "models", "list_models": "models", "load": "tasks.diffusion_generation",
+              "save_pretrained": "checkpoints", "backend": "ops", "backends": "ops"}
 
 __all__ = ["__version__", *_SUBMODULES, *_FUNCTIONS]
 

@@ -131,7 +131,7 @@ def test_user_errors_of_generate_are_one_line(error, dalle_folder, dvae_folder, 
     line = error("generate", dalle_folder, "a red heart " * 20, *out)
     assert line.startswith("vlmfast generate: error: ") and "tokens, the text context is 24; shorten it" in line
     assert "must end in .png" in error("generate", dalle_folder, "a heart", "--out", tmp_path / "a.jpg")
-    assert "must be a DALL-E or DALL-E mini" in error("generate", dvae_folder, "a heart", *out)
+    assert "must be a DALL-E, DALL-E mini or GLIDE" in error("generate", dvae_folder, "a heart", *out)
     assert "nowhere" in error("generate", tmp_path / "nowhere", "a heart", *out)
     assert "must be a CLIP" in error("generate", dalle_folder, "a heart", "--rerank", dvae_folder, *out)
     assert "temperature is -1.0" in error("generate", dalle_folder, "a heart", "--temperature", "-1", *out)

@@ -7,7 +7,7 @@ import sys
 
 from ..version import __version__
 
-COMMANDS = ("info", "demo", "train", "retrieve", "answer", "caption", "generate", "tasks")
+COMMANDS = ("info", "demo", "train", "retrieve", "answer", "caption", "generate", "inpaint", "tasks")
 
 
 def main(argv: list[str] | None = None) -> int:

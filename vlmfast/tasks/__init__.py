@@ -71,6 +71,8 @@ _HOME = {
     "TextWriter": "generation",
     "join_words": "generation",
     "Translator": "translation",
+    "GlidePipeline": "diffusion_generation",
+    "Recipe": "diffusion_generation",
     "Generated": "image_generation",
     "encode_prompts": "image_generation",
     "generate": "image_generation",
