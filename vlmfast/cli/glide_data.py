@@ -10,7 +10,8 @@ from ..data import ImagePreprocess, PairLoader
 from ..data.gpt2_tokenizer import GPT2Tokenizer, has_gpt2_vocabulary
 from ..models.glide import GLIDE, PRESETS
 from ..objectives.diffusion import text_diffusion_loss
-from ..training.diffusion import glide_tokens, schedule_of
+from ..tasks.diffusion_generation import schedule_of
+from ..training.diffusion import glide_tokens
 from .clip_data import Data
 
 MAX_VALIDATION = 512  # pairs

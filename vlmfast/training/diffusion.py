@@ -10,17 +10,12 @@ from ..data import contact_sheet
 from ..diffusion import Schedule, sample
 from ..models.glide import GLIDE
 from ..objectives.diffusion import PADDING, text_diffusion_loss
+from ..tasks.diffusion_generation import schedule_of
 from ..tasks.image_generation import to_arrays
 from .config import TrainConfig
 from .loop import LossTrainer
 
 SHEET_NAME = "samples.png"
-
-
-def schedule_of(model: GLIDE) -> Schedule:
-    """The noise schedule that a model's config names."""
-    kinds = {"squaredcos_cap_v2": Schedule.cosine, "linear": Schedule.linear}
-    return kinds[model.config.noise_schedule](model.config.diffusion_steps)
 
 
 def glide_tokens(model: GLIDE, captions: Sequence[str]) -> Tensor:
