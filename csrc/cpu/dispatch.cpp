@@ -8,6 +8,7 @@
 #include "alignment.h"
 #include "attention.h"
 #include "decoding.h"
+#include "group_norm.h"
 #include "info_nce.h"
 #include "quantize.h"
 
@@ -94,5 +95,8 @@ void gumbel_noise(int64_t rows, int64_t vocabulary, uint64_t seed, uint64_t offs
 }
 
 void few_row_linear(const Linear& call) { VLMFAST_DISPATCH(few_row_linear(call)) }
+
+void group_norm_fwd(const GroupNorm& call) { VLMFAST_DISPATCH(group_norm_fwd(call)) }
+void group_norm_bwd(const GroupNormBackward& call) { VLMFAST_DISPATCH(group_norm_bwd(call)) }
 
 }  // namespace vlmfast::cpu
