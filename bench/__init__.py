@@ -1,3 +1,3 @@
 """Benchmarks: one module per kernel family, every peer side by side in one process. Run `python -m bench --list`."""
 
-FAMILIES = ("info_nce", "attention", "alignment", "quantize", "diffusion", "models", "decoding")
+FAMILIES = ("info_nce", "attention", "alignment", "quantize", "diffusion", "group_norm", "models", "decoding")

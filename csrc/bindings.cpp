@@ -12,6 +12,7 @@
 #include "cpu/decoding.h"
 #include "cpu/diffusion.h"
 #include "cpu/dispatch.h"
+#include "cpu/group_norm.h"
 #include "cpu/info_nce.h"
 #include "cpu/parallel.h"
 #include "cpu/quantize.h"
@@ -23,6 +24,7 @@ using vlmfast::cpu::BiAttention;
 using vlmfast::cpu::Denoise;
 using vlmfast::cpu::DiffusionLoss;
 using vlmfast::cpu::Grid;
+using vlmfast::cpu::GroupNorm;
 using vlmfast::cpu::Pairs;
 using vlmfast::cpu::Plane;
 using vlmfast::cpu::Quantize;
@@ -240,6 +242,34 @@ void diffusion_loss(const SampleSizes& sizes, Address out, int out_dtype, Addres
           found.size() > 2 ? at<void>(found[2]) : nullptr, threads});
 }
 
+// sizes are B, C, S, G; then x and its strides of batch and channel, weight, bias, scale and shift with their strides of
+// batch, and the [B, G] statistics
+GroupNorm group_norm(int dtype, const std::array<int64_t, 4>& sizes, Address x, int64_t x_batch, int64_t x_channel,
+                     Address weight, Address bias, Address scale, int64_t scale_batch, Address shift,
+                     int64_t shift_batch, Address mean, Address rstd, double eps, bool silu, int threads) {
+  auto [batch, channels, spatial, groups] = sizes;
+  return {DType(dtype), batch, channels, spatial, groups, {at<void>(x), x_batch, x_channel}, at<void>(weight),
+          at<void>(bias), at<void>(scale), at<void>(shift), scale_batch, shift_batch, eps, silu, threads,
+          at<double>(mean), at<double>(rstd), {}};
+}
+
+// [B, C, S] without gaps
+cpu::Activations packed(const GroupNorm& call, Address address) {
+  return {at<void>(address), call.channels * call.spatial, call.spatial};
+}
+
+void group_norm_fwd(GroupNorm& call, Address out) {
+  call.out = packed(call, out);
+  cpu::group_norm_fwd(call);
+}
+
+void group_norm_bwd(GroupNorm& call, Address d_out, int64_t d_out_batch, int64_t d_out_channel, Address d_x,
+                    Address d_weight, Address d_bias, Address d_scale, Address d_shift) {
+  call.out = {at<void>(d_out), d_out_batch, d_out_channel};
+  cpu::group_norm_bwd({call, packed(call, d_x), at<void>(d_weight), at<void>(d_bias), at<void>(d_scale),
+                       at<void>(d_shift)});
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = VLMFAST_VERSION;
@@ -296,6 +326,10 @@ PYBIND11_MODULE(_native, m) {
   m.def("diffusion_loss", &diffusion_loss<cpu::diffusion_loss>, no_gil);
   m.def("diffusion_loss_bwd", &diffusion_loss<cpu::diffusion_loss_bwd>, no_gil);
   m.def("gumbel_noise", &gumbel_noise, no_gil);
+
+  py::class_<GroupNorm>(m, "GroupNorm").def(py::init(&group_norm));
+  m.def("group_norm_fwd", &group_norm_fwd, no_gil);
+  m.def("group_norm_bwd", &group_norm_bwd, no_gil);
 
   m.def("use_openmp", &use_openmp);
   m.def("build_info", &build_info);

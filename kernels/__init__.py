@@ -3,4 +3,4 @@
 Importing the package does not import triton: a family's module does, the first time it is used.
 """
 
-FAMILIES = ("info_nce", "attention", "quantize", "diffusion")
+FAMILIES = ("info_nce", "attention", "quantize", "diffusion", "group_norm")

@@ -3,8 +3,6 @@
 // than the product.
 #include "decoding.h"
 
-#include <utility>
-
 #include "simd.h"
 #include "work.h"
 
@@ -13,21 +11,6 @@ namespace {
 
 constexpr int tile_rows = 8;       // rows of x that are summed at a time
 constexpr int64_t block = 64;      // outputs that a thread takes at a time; their weights stay in its cache
-
-template <class V, size_t... i>
-inline auto folded(V value, std::index_sequence<i...>) {
-  return __builtin_shufflevector(value, value, i...) + __builtin_shufflevector(value, value, (i + sizeof...(i))...);
-}
-
-// The sum of a vector's lanes, by halves: `sum_lanes` adds one after the other, which here is half the work.
-template <class T, class V>
-inline T sum_halves(V value) {
-  constexpr size_t lanes = sizeof(V) / sizeof(T);
-  if constexpr (lanes == 2)
-    return value[0] + value[1];
-  else
-    return sum_halves<T>(folded(value, std::make_index_sequence<lanes / 2>()));
-}
 
 // `outputs` neighbouring outputs of `rows` rows.
 template <class T, int rows, int outputs>

@@ -9,6 +9,7 @@
 #include "attention.h"
 #include "decoding.h"
 #include "diffusion.h"
+#include "group_norm.h"
 #include "info_nce.h"
 #include "quantize.h"
 
@@ -99,5 +100,8 @@ void diffusion_loss(const DiffusionLoss& call) { VLMFAST_DISPATCH(diffusion_loss
 void diffusion_loss_bwd(const DiffusionLoss& call) { VLMFAST_DISPATCH(diffusion_loss_bwd(call)) }
 
 void few_row_linear(const Linear& call) { VLMFAST_DISPATCH(few_row_linear(call)) }
+
+void group_norm_fwd(const GroupNorm& call) { VLMFAST_DISPATCH(group_norm_fwd(call)) }
+void group_norm_bwd(const GroupNormBackward& call) { VLMFAST_DISPATCH(group_norm_bwd(call)) }
 
 }  // namespace vlmfast::cpu

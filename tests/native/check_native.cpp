@@ -196,6 +196,7 @@ void check(const Case& c) {
 #include "check_alignment.h"
 #include "check_attention.h"
 #include "check_diffusion.h"
+#include "check_group_norm.h"
 #include "check_quantize.h"
 
 int main() {
@@ -224,6 +225,7 @@ int main() {
   check_alignment_family();
   check_quantize_family();
   check_diffusion_family();
+  check_group_norm_family();
   std::printf("instruction set %s\n%d passed, %d failed\n", isa_name(), passed, failed);
   return failed != 0;
 }

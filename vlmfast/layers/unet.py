@@ -11,21 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .unet_attention import EPS, GROUPS, AttentionBlock, wide_group_norm, zeroed
-
-
-def group_norm_silu(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None = None,
-                    shift: Tensor | None = None) -> Tensor:
-    """SiLU(GroupNorm(x) (1 + scale) + shift), computed in float32, with the dtype of x.
-
-    Args:
-        x: [B, C, ...]. weight, bias: [C]. scale, shift: [B, C], both or neither.
-    """
-    y = wide_group_norm(x, num_groups, weight, bias, eps)
-    if scale is not None:
-        place = *scale.shape, *(1,) * (x.ndim - 2)
-        y = torch.addcmul(shift.to(y.dtype).view(place), y, 1 + scale.to(y.dtype).view(place))
-    return F.silu(y).to(x.dtype)
+from ..ops import group_norm_silu
+from .unet_attention import EPS, GROUPS, AttentionBlock, zeroed
 
 
 def timestep_embedding(timesteps: Tensor, width: int, max_period: float = 10000.0) -> Tensor:
@@ -65,11 +52,12 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """[B, C, h, w] with the time embedding [B, E] -> [B, C out, h', w']."""
         norm, _, conv = self.in_layers
-        h = group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        h = group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps)
         h = conv(self._resampled(h))
         scale, shift = self.emb_layers(emb).chunk(2, 1)
         norm, _, dropout, conv = self.out_layers
-        h = group_norm_silu(h, norm.num_groups, norm.weight, norm.bias, norm.eps, scale, shift)
+        h = group_norm_silu(h, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, scale=scale,
+                            shift=shift)
         return self.skip_connection(self._resampled(x)) + conv(dropout(h))
 
     def _resampled(self, x: Tensor) -> Tensor:
@@ -184,7 +172,7 @@ class UNet(nn.Module):
         for stage in self.output_blocks:
             h = self._run(stage, torch.cat([h, skips.pop()], 1), emb, next(texts) if stage.attends else None)
         norm, _, conv = self.out
-        h = group_norm_silu(h.to(conv.weight.dtype), norm.num_groups, norm.weight, norm.bias, norm.eps)
+        h = group_norm_silu(h.to(conv.weight.dtype), norm.num_groups, norm.weight, norm.bias, eps=norm.eps)
         return conv(h)
 
     def _run(self, stage: Stage, h: Tensor, emb: Tensor, text) -> Tensor:

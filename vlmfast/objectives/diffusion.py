@@ -47,7 +47,8 @@ def small_images(images: Tensor, scale: int) -> Tensor:
 
 
 def text_diffusion_loss(model: nn.Module, schedule: Schedule, images: Tensor, tokens: Tensor, *,
-                        prediction: str = "epsilon", padding: int = 0, drop_text: float = 0.0, scale: int | None = None, inpaint: bool = False,
+                        prediction: str = "epsilon", padding: int = 0, drop_text: float = 0.0,
+                        scale: int | None = None, inpaint: bool = False,
                         generator: torch.Generator | None = None) -> DiffusionLoss:
     """The loss of every image at a step and with noise of its own.
 
