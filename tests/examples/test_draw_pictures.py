@@ -44,3 +44,28 @@ def test_a_glide_draws_them_too(example, pack, tmp_path, monkeypatch):
                          "--no-progress", "--threads", "1"]) == 0
     text = (tmp_path / "report.md").read_text()
     assert "tuxpaint, held out" in text and "--model glide" in text and (tmp_path / "denoising.gif").exists()
+
+
+@pytest.mark.training
+def test_a_small_dalle_foresees_pictures_by_their_captions():
+    """`vlmfast demo generate` to its end."""
+    from vlmfast.cli.demo_pictures import Drawing
+
+    drawing = Drawing.prepare(0)
+    drawing.train_dvae(progress=False)
+    for name, report in drawing.reconstructions().items():
+        assert report.psnr > report.mean_colour_psnr + 8 and report.codes_used > 0.8, name
+    drawing.train_dalle(progress=False)
+    for row in drawing.code_rows():
+        assert row.loss < row.other - 0.3 < row.frequency - 1, row
+
+
+@pytest.mark.training
+def test_a_small_glide_sees_less_noise_where_it_knows_the_caption(tmp_path):
+    """A shortened `vlmfast demo diffusion`."""
+    from vlmfast.cli.demo_diffusion import Diffusion
+
+    run = Diffusion.prepare(0)
+    run.train_model(tmp_path, seconds=240, progress=False)
+    for name, (own, none) in run.losses().items():
+        assert own < 0.4 and own < none, name

@@ -1,12 +1,9 @@
 """Registration, compilation, instruction sets and refusals of the attention family."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from attention_helpers import tensors
+from instruction_sets import assert_agree
 
 from vlmfast.ops import (
     attention,
@@ -136,19 +133,7 @@ print(vlmfast._native.build_info()["isa"], loss.item(), *[x.grad.double().norm()
 
 
 def test_instruction_sets_agree():
-    results = {}
-    for isa in ("scalar", "avx2", "avx512", "avx512bf16"):
-        done = subprocess.run([sys.executable, "-c", ISA_SCRIPT], capture_output=True, text=True,
-                              env={**os.environ, "VLMFAST_ISA": isa}, check=False)
-        if done.returncode and "the widest available here" in done.stderr:
-            continue
-        assert done.returncode == 0, done.stderr
-        name, *numbers = done.stdout.split()
-        assert name == isa
-        results[isa] = torch.tensor([float(x) for x in numbers], dtype=torch.float64)
-    assert "scalar" in results
-    for numbers in results.values():
-        assert ((numbers / results["scalar"] - 1).abs() < 3e-6).all(), results
+    assert_agree(ISA_SCRIPT)
 
 
 def bad_calls():

@@ -1,13 +1,10 @@
 """Schedules, registration, compilation, instruction sets and refusals of the diffusion family."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 from diffusion_helpers import SCHEDULE, case
+from instruction_sets import assert_agree
 
 from vlmfast.diffusion import Schedule
 from vlmfast.ops import denoise_step, diffusion_loss, diffusion_noise, q_sample
@@ -156,19 +153,7 @@ print(vlmfast._native.build_info()["isa"], *[float(x) for x in numbers])
 
 
 def test_instruction_sets_agree():
-    results = {}
-    for isa in ("scalar", "avx2", "avx512", "avx512bf16"):
-        done = subprocess.run([sys.executable, "-c", ISA_SCRIPT], capture_output=True, text=True,
-                              env={**os.environ, "VLMFAST_ISA": isa}, check=False)
-        if done.returncode and "the widest available here" in done.stderr:
-            continue
-        assert done.returncode == 0, done.stderr
-        name, *numbers = done.stdout.split()
-        assert name == isa
-        results[isa] = torch.tensor([float(x) for x in numbers], dtype=torch.float64)
-    assert "scalar" in results
-    for numbers in results.values():
-        assert ((numbers / results["scalar"] - 1).abs() < 3e-6).all(), results
+    assert_agree(ISA_SCRIPT)
 
 
 def bad_calls():

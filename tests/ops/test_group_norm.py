@@ -1,13 +1,9 @@
 """group_norm_silu against the formula people write, in float64 and in the working type, and the ops' contract."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
-import vlmfast._native
+from instruction_sets import assert_agree
 from tolerance import assert_grad_not_dropped, assert_no_worse_than_torch
 
 from vlmfast.ops import backend, group_norm_silu
@@ -342,19 +338,7 @@ print(vlmfast._native.build_info()["isa"], *[float(v) for v in numbers])
 
 
 def test_instruction_sets_agree():
-    results = {}
-    for isa in ("scalar", "avx2", "avx512", "avx512bf16"):
-        done = subprocess.run([sys.executable, "-c", ISA_SCRIPT], capture_output=True, text=True,
-                              env={**os.environ, "VLMFAST_ISA": isa}, check=False)
-        if done.returncode and "the widest available here" in done.stderr:
-            continue
-        assert done.returncode == 0, done.stderr
-        name, *numbers = done.stdout.split()
-        assert name == isa
-        results[isa] = torch.tensor([float(v) for v in numbers], dtype=torch.float64)
-    assert "scalar" in results and vlmfast._native.build_info()["isa"] in results
-    for numbers in results.values():
-        assert ((numbers / results["scalar"] - 1).abs() < 3e-6).all(), results
+    assert_agree(ISA_SCRIPT)
 
 
 def test_reference_gradients_are_those_of_autograd():

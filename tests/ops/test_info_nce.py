@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from instruction_sets import assert_agree
 from tolerance import assert_grad_not_dropped, assert_no_worse_than_torch
 
 import vlmfast
@@ -487,19 +488,7 @@ print(vlmfast._native.build_info()["isa"], loss.item(), image.grad.norm().item()
 
 
 def test_instruction_sets_agree():
-    results = {}
-    for isa in ("scalar", "avx2", "avx512", "avx512bf16"):
-        done = subprocess.run([sys.executable, "-c", ISA_SCRIPT], capture_output=True, text=True,
-                              env={**os.environ, "VLMFAST_ISA": isa}, check=False)
-        if done.returncode and "the widest available here" in done.stderr:
-            continue
-        assert done.returncode == 0, done.stderr
-        name, *numbers = done.stdout.split()
-        assert name == isa
-        results[isa] = torch.tensor([float(x) for x in numbers], dtype=torch.float64)
-    assert "scalar" in results
-    for numbers in results.values():
-        assert ((numbers / results["scalar"] - 1).abs() < 3e-6).all(), results
+    assert_agree(ISA_SCRIPT)
 
 
 def test_an_unknown_instruction_set_is_named():
