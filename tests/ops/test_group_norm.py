@@ -187,7 +187,8 @@ def test_upstream_of_any_strides(dtype):
         assert all(torch.equal(a, b) for a, b in zip(strided, packed, strict=True))
 
 
-@pytest.mark.parametrize("shape", [(2, 64, 32, 16, 16), (1, 4, 1, 130, 131), (1, 8, 2, 200, 190), (3, 6, 3, 1)],
+@pytest.mark.parametrize("shape", [(2, 64, 32, 16, 16), (1, 4, 1, 130, 131), (1, 8, 2, 200, 190), (1, 8, 4, 100, 200),
+                                   (3, 6, 3, 1)],
                          ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_threads_do_not_change_a_bit(shape, dtype):
