@@ -123,7 +123,7 @@ class Diffusion:
 
     @torch.no_grad()
     def losses(self) -> dict[str, tuple[float, float]]:
-        """Mean squared error of the noise for each held-out split, with the pictures' own captions and without."""
+        """Mean squared error of the prediction on each held-out split, with the pictures' own captions and without."""
         found, schedule = {}, schedule_of(self.model)
         for split in self.held_out:
             images, tokens = split.pixels() * 2 - 1, glide_tokens(self.model, split.captions)
@@ -222,7 +222,7 @@ def judgement_table(rows: Sequence[Judgement]) -> str:
 def loss_table(losses: dict[str, tuple[float, float]]) -> str:
     from .demo_report import table
 
-    return table(["squared error of the noise", "own caption", "without text"],
+    return table(["squared error of the model", "own caption", "without text"],
                  [[name, f"{own:.4f}", f"{none:.4f}"] for name, (own, none) in losses.items()]) + "\n"
 
 
@@ -237,7 +237,7 @@ Made by `{command}` with vlmfast {facts['vlmfast']}, PyTorch {facts['torch']}, P
 {run.describe()}.
 
 {result.step} steps of {BATCH} pairs in {run.seconds['glide']:.0f} s, loss.png; sheets from the way there are in
-samples/. Pictures that training never saw, over all steps of the noise (1 is what knowing nothing gives):
+samples/. Pictures that training never saw, averaged over the steps of the noise:
 
 {loss_table(losses)}
 A CLIP trained on the same pictures ({run.seconds['clip']:.0f} s) says which caption of the split lies nearest to a
