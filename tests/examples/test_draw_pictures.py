@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,7 @@ def test_a_small_glide_sees_less_noise_where_it_knows_the_caption(tmp_path):
     from vlmfast.cli.demo_diffusion import Diffusion
 
     run = Diffusion.prepare(0)
-    run.train_model(tmp_path, seconds=240, progress=False)
+    run.config = replace(run.config, epochs=5)
+    run.train_model(tmp_path, progress=False)
     for name, (own, none) in run.losses().items():
-        assert own < 0.4 and own < none, name
+        assert own < 0.3 and own < none, name
