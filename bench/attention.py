@@ -7,8 +7,6 @@ alone; the others are forward and backward. `co_attention_ragged_fwd` has length
 from __future__ import annotations
 
 import functools
-import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -26,6 +24,7 @@ from .harness import (
     Workload,
     clock_for,
     compare,
+    compile_skip,
     describe,
     interleave,
     measure_group,
@@ -239,9 +238,7 @@ def _compiled(formula: Callable, skip: str | None) -> Peer:
         torch._dynamo.reset()
         return torch.compile(formula, fullgraph=True, dynamic=False)
 
-    if skip is None and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
-        skip = "torch.compile needs a C++ compiler, and neither g++ nor clang++ is there"
-    return Peer(COMPILED, make, floor=PRODUCTS, skip=skip)
+    return Peer(COMPILED, make, floor=PRODUCTS, skip=compile_skip(skip))
 
 
 def peers(workload: Workload, quick: bool = False) -> list[Peer]:

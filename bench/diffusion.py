@@ -9,8 +9,6 @@ default treatment of clamped estimates.
 from __future__ import annotations
 
 import itertools
-import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -27,6 +25,7 @@ from .harness import (
     Skip,
     Step,
     Workload,
+    compile_skip,
     copy_floor,
     describe,
     measure_group,
@@ -136,9 +135,7 @@ def peers(workload: Workload, quick: bool = False) -> list[Peer]:
         found = [Peer(OURS, _ours, ours=True, floor=COPY)]
     except (ImportError, AttributeError) as error:
         found = [Peer(OURS, lambda w: None, ours=True, skip=describe(error))]
-    missing = "left out by --quick" if quick else None
-    if missing is None and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
-        missing = "torch.compile needs a C++ compiler, and neither g++ nor clang++ is there"
+    missing = compile_skip("left out by --quick" if quick else None)
 
     def add(name: str, make: Callable[[], Callable], skip: str | None = None) -> None:
         def made(workload: Workload) -> Callable:

@@ -6,15 +6,13 @@ Activations are [B, C, side, side] seeded normal numbers, in 32 groups. Ops that
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .harness import Floor, Peer, Row, Settings, Skip, Step, Workload, copy_floor, describe, upstream_like
+from .harness import Floor, Peer, Row, Settings, Skip, Step, Workload, compile_skip, copy_floor, describe, upstream_like
 from .report import Target
 
 NAME = "group_norm"
@@ -87,9 +85,7 @@ def peers(workload: Workload, quick: bool = False) -> list[Peer]:
         found = [Peer(OURS, _ours, ours=True, floor=COPY)]
     except (ImportError, AttributeError) as error:
         found = [Peer(OURS, lambda w: None, ours=True, skip=describe(error))]
-    skip = "left out by --quick" if quick else None
-    if skip is None and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
-        skip = "torch.compile needs a C++ compiler, and neither g++ nor clang++ is there"
+    skip = compile_skip("left out by --quick" if quick else None)
     return found + [Peer(EAGER, lambda w: formula, floor=COPY), Peer(COMPILED, _compiled, floor=COPY, skip=skip)]
 
 

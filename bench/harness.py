@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import os
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -344,6 +346,13 @@ def copy_floor(size: int, device: str = "cpu") -> Callable[[], object]:
     source = torch.ones(max(size // 2, 1), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
+
+
+def compile_skip(reason: str | None = None) -> str | None:
+    """`reason`, or why torch.compile cannot run on this machine, or None."""
+    if reason is None and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+        return "torch.compile needs a C++ compiler, and neither g++ nor clang++ is there"
+    return reason
 
 
 def load_installed_file(package: str, file: str) -> ModuleType:

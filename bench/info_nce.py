@@ -6,8 +6,6 @@ Inputs are seeded, L2-normalised random features; the scale 1/0.07 is a Paramete
 from __future__ import annotations
 
 import functools
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -23,6 +21,7 @@ from .harness import (
     Settings,
     Skip,
     Workload,
+    compile_skip,
     describe,
     interleave,
     load_installed_file,
@@ -175,9 +174,7 @@ def _compiled(name: str, formula: Callable[..., Tensor], skip: str | None) -> Pe
         torch._dynamo.reset()
         return torch.compile(formula, fullgraph=True, dynamic=False)
 
-    if skip is None and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
-        skip = "torch.compile needs a C++ compiler, and neither g++ nor clang++ is there"
-    return Peer(name, make, floor=STORE_FLOOR, skip=skip)
+    return Peer(name, make, floor=STORE_FLOOR, skip=compile_skip(skip))
 
 
 def _too_large(workload: Workload) -> str | None:

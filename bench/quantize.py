@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -27,6 +25,7 @@ from .harness import (
     Skip,
     Step,
     Workload,
+    compile_skip,
     copy_floor,
     describe,
     measure_group,
@@ -186,9 +185,7 @@ def peers(workload: Workload, quick: bool = False) -> list[Peer]:
 
 
 def _compiled(name: str, formula: Callable, quick: bool) -> Peer:
-    skip = "left out by --quick" if quick else None
-    if skip is None and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
-        skip = "torch.compile needs a C++ compiler, and neither g++ nor clang++ is there"
+    skip = compile_skip("left out by --quick" if quick else None)
 
     def make(workload: Workload) -> Callable:
         torch._dynamo.reset()

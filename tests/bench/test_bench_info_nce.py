@@ -83,7 +83,7 @@ def test_compile_is_left_out_without_a_compiler_and_in_quick_mode(monkeypatch):
         return named[info_nce.COMPILED].skip
 
     assert "quick" in reason(True)
-    monkeypatch.setattr(info_nce.shutil, "which", lambda name: None)
+    monkeypatch.setattr(harness.shutil, "which", lambda name: None)
     assert "compiler" in reason(False)
 
 

@@ -120,17 +120,22 @@ def read_vocabulary(path: str | Path, merges: str | Path | None = None) -> tuple
     elif path.suffix == ".json":
         beside = Path(merges) if merges is not None else path.with_name("merges.txt")
         vocabulary = _read_json(path)
-        pairs = _parse_merges(beside, _read_text(beside).splitlines()[1:])
+        pairs = _parse_merges(beside, read_text(beside).splitlines()[1:])
     else:
-        pairs = _parse_merges(path, _read_text(path).split("\n")[1 : OPENAI_MERGES + 1])
+        pairs = _parse_merges(path, read_text(path).split("\n")[1 : OPENAI_MERGES + 1])
         vocabulary = build_vocabulary(pairs)
     _check_vocabulary(path, vocabulary, pairs)
     return vocabulary, pairs
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path, owner: str = "CLIPTokenizer") -> str:
+    """A vocabulary file of at most MAX_FILE_BYTES, perhaps gzipped; errors begin with `owner`.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: it cannot be read.
+    """
     if not path.is_file():
-        raise FileNotFoundError(f"CLIPTokenizer: no file {path}")
+        raise FileNotFoundError(f"{owner}: no file {path}")
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
@@ -138,12 +143,12 @@ def _read_text(path: Path) -> str:
             raise ValueError(f"more than {MAX_FILE_BYTES} bytes")
         return data.decode("utf-8")
     except (EOFError, OSError, ValueError, zlib.error) as error:
-        raise ValueError(f"CLIPTokenizer: cannot read {path}: {error}") from error
+        raise ValueError(f"{owner}: cannot read {path}: {error}") from error
 
 
 def _read_json(path: Path):
     try:
-        return json.loads(_read_text(path))
+        return json.loads(read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"CLIPTokenizer: {path} is not JSON: {error}") from error
 

@@ -3,9 +3,7 @@
 A space belongs to the word behind it. Ids equal those of the public code.
 """
 
-import gzip
 import json
-import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from .bpe import MAX_FILE_BYTES, Merge, byte_alphabet
+from .bpe import Merge, byte_alphabet, read_text
 
 END = "<|endoftext|>"
 # English clitics, then letters, digits and other symbols with one space before them, then white space
@@ -66,11 +64,11 @@ class GPT2Tokenizer:
         if merges is None:
             merges = path.with_name(dict(_FILES).get(path.name, _FILES[0][1]))
         try:
-            vocabulary = json.loads(_read(path))
+            vocabulary = json.loads(read_text(path, "GPT2Tokenizer"))
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"GPT2Tokenizer: {path} is not JSON ({error})") from error
         pairs = []
-        for number, line in enumerate(_read(Path(merges)).split("\n"), 1):
+        for number, line in enumerate(read_text(Path(merges), "GPT2Tokenizer").split("\n"), 1):
             parts = line.split()
             if not parts or number == 1 and line.startswith("#version"):
                 continue
@@ -205,19 +203,6 @@ def _words(text: str) -> list[str]:
     if not isinstance(text, str):
         raise TypeError(f"GPT2Tokenizer: a text is a {type(text).__name__}, must be a str")
     return _WORDS.findall(text.lower())
-
-
-def _read(path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(f"GPT2Tokenizer: no file {path}")
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-        if len(data) > MAX_FILE_BYTES:
-            raise ValueError(f"more than {MAX_FILE_BYTES} bytes")
-        return data.decode("utf-8")
-    except (EOFError, OSError, ValueError, zlib.error) as error:
-        raise ValueError(f"GPT2Tokenizer: cannot read {path}: {error}") from error
 
 
 def _check(vocabulary: dict[str, int], merges: list[Merge]) -> None:

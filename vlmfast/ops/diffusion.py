@@ -103,7 +103,7 @@ def denoise_step(x: Tensor, model_output: Tensor, t: int | Tensor, schedule: Sch
     if len(history) > 3 or history and sampler != "plms":
         raise ValueError(f"{op}: history has {len(history)} entries with sampler {sampler!r}, only \"plms\" takes it, "
                          "and at most 3")
-    flat = x.contiguous().flatten(2) if x.ndim > 2 else x.contiguous().unsqueeze(-1)
+    flat = _lines(x)
     noise, image, mean_shift = (_like(op, name, a, x, flat) for name, a in
                                 (("noise", noise), ("image", image), ("mean_shift", mean_shift)))
     history = [_like(op, "history", a, x, flat) for a in history]
@@ -119,16 +119,15 @@ def denoise_step(x: Tensor, model_output: Tensor, t: int | Tensor, schedule: Sch
     scale = float(guidance_scale) if guided else 1.0
 
     def run(bound, threshold, noise, seed, want_x, want_x0, want_e):
-        arguments = scale, bound, threshold, mask, image, mean_shift, history, weights
+        extra = threshold, mask, image, mean_shift, history, weights
         inputs = [a for a in (x, model_output, noise, image, mean_shift, *history) if a is not None]
         if torch.is_grad_enabled() and any(a.requires_grad for a in inputs):
             from .reference import diffusion as reference
 
             return reference.denoise(flat, *parts(out, len(x), x.shape[1], guided, learned),
-                                     rows_of(table, t, step, len(x)), *arguments,
+                                     rows_of(table, t, step, len(x)), scale, bound, *extra,
                                      reference_noise(flat, noise, seed, offset))
-        scale_, bound_, *rest = arguments
-        return denoise(flat, out, t, step, table, scale_, guided, learned, bound_, *rest, noise, seed, offset, want_x,
+        return denoise(flat, out, t, step, table, scale, guided, learned, bound, *extra, noise, seed, offset, want_x,
                        want_x0, want_e)
 
     threshold = None
@@ -165,7 +164,7 @@ def q_sample(x0: Tensor, t: int | Tensor, schedule: Schedule, *, noise: Tensor |
     _check_schedule(op, schedule)
     _check_samples(op, "x0", x0)
     t, step = _check_step(op, t, x0, schedule)
-    flat = x0.contiguous().flatten(2) if x0.ndim > 2 else x0.contiguous().unsqueeze(-1)
+    flat = _lines(x0)
     noise = _like(op, "noise", noise, x0, flat)
     seed, offset = draw_seed(op, seed, x0, noise is None), _check_offset(op, offset)
     table = schedule.table("noising", device=x0.device)
@@ -243,7 +242,7 @@ def diffusion_loss(model_output: Tensor, noise: Tensor, x0: Tensor, t: int | Ten
     t, step = _check_step(op, t, x0, schedule)
     learned = variance in LEARNED
     out = _check_output(op, model_output, x0, False, learned, False)
-    flat = x0.contiguous().flatten(2) if x0.ndim > 2 else x0.contiguous().unsqueeze(-1)
+    flat = _lines(x0)
     noise = _like(op, "noise", noise, x0, flat, required=True)
     if torch.is_grad_enabled() and (noise.requires_grad or flat.requires_grad):
         raise ValueError(f"{op}: noise or x0 wants a gradient, which is not implemented; detach it")
@@ -270,6 +269,11 @@ class _Loss(torch.autograd.Function):
 
 # abar is 0 at its only step: nothing of x, all of the noise
 _UNIT = Schedule.from_betas([1.0])
+
+
+def _lines(x: Tensor) -> Tensor:
+    """[B, C, ...] -> [B, C, S] contiguous."""
+    return x.contiguous().flatten(2) if x.ndim > 2 else x.contiguous().unsqueeze(-1)
 
 
 def _bound(op: str, clamp) -> float:
@@ -371,4 +375,4 @@ def _check_mask(op: str, mask, x: Tensor) -> Tensor:
         raise ValueError(f"{op}: mask has shape {tuple(mask.shape)} on {mask.device}, it must be "
                          f"{[len(x), 1, *x.shape[2:]]} or {list(x.shape)} on {x.device}")
     mask = mask if mask.is_floating_point() else mask.to(torch.promote_types(x.dtype, torch.float32))
-    return mask.contiguous().flatten(2) if x.ndim > 2 else mask.contiguous().unsqueeze(-1)
+    return _lines(mask)

@@ -41,8 +41,8 @@ def draw(model: GLIDE, tokens: Tensor, *, low_res: Tensor | None = None, steps: 
         options["low_res"] = low_res.to(device).repeat(len(rows) // len(tokens), 1, 1, 1)
     return sample(lambda x, t: model(x, t, text, **options), (len(tokens), 3, side, side),
                   schedule_of(model).respace(steps), sampler=sampler, prediction=model.config.prediction,
-                  guidance_scale=guidance_scale, seed=seed,
-                  device=device, progress=progress, desc="drawing", callback=callback)
+                  guidance_scale=guidance_scale, seed=seed, device=device, progress=progress, desc="drawing",
+                  callback=callback)
 
 
 class DiffusionTrainer(LossTrainer):
